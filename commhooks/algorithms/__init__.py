@@ -1,0 +1,1 @@
+"""One file an algorithm: its hyper-parameters and its update rules on flat vectors."""

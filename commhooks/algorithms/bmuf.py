@@ -1,0 +1,106 @@
+"""BMUF: block momentum on the mean of the models."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from torch import Tensor
+
+from commhooks.engine.state import CommHookState, EngineOptions
+from commhooks.hyperparameters import (
+    flag,
+    half_open_unit,
+    integer_at_least,
+    positive_real,
+)
+
+__all__ = ["BMUF"]
+
+
+class BMUF(CommHookState):
+    r"""Blockwise model-update filtering (Chen & Huo, ICASSP 2016).
+
+    At a boundary, with a blocking all-reduce (paper, Section 2):
+
+    .. math::
+
+        G &= \frac{1}{m} \sum_i x_i - W \\
+        \Delta &\leftarrow \eta \Delta + \zeta G \\
+        W &\leftarrow W + \Delta \\
+        x_i &\leftarrow W \quad\text{(classical), or} \\
+        x_i &\leftarrow W + \eta \Delta \quad\text{(Nesterov)}
+
+    In the Nesterov form the next :math:`G` is taken from what :math:`x_i` was reset to.
+    :math:`W` starts as the parameters at the end of warm-up, :math:`\Delta` as zero.
+
+    Extra memory: 3 models. Payload of a round: 1 model. With ``eta=0, zeta=1`` it is Local SGD.
+
+    Args:
+        tau: steps in a block.
+        eta: block momentum, in [0, 1); None means 1 - 1 / m for m workers.
+        zeta: block learning rate, above 0.
+        nesterov: whether the models restart ahead of W, at W + eta Delta.
+        **options: ``process_group``, ``warmup_steps`` and ``bucket_cap_mb``, see
+            :class:`~commhooks.engine.state.CommHookState`.
+
+    Raises:
+        HyperParameterError: an argument has the wrong type or lies outside its range.
+    """
+
+    def __init__(
+        self,
+        tau: int,
+        eta: float | None = None,
+        zeta: float = 1.0,
+        nesterov: bool = False,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        super().__init__(**options)
+        self.tau = integer_at_least("tau", tau, 1)
+        self.eta = None if eta is None else half_open_unit("eta", eta)
+        self.zeta = positive_real("zeta", zeta)
+        self.nesterov = flag("nesterov", nesterov)
+        self.resolve(1)
+
+    def hyperparameters(self) -> dict[str, object]:
+        """The hyper-parameters as plain values, by the names the constructor takes."""
+        own = {
+            "tau": self.tau,
+            "eta": self.eta,
+            "zeta": self.zeta,
+            "nesterov": self.nesterov,
+        }
+        return {**own, **super().hyperparameters()}
+
+    def resolve(self, m: int) -> None:
+        """Fix eta for ``m`` workers."""
+        self._eta = 1.0 - 1.0 / m if self.eta is None else self.eta
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """The global model and its filtered update."""
+        return ("W", "Delta")
+
+    @property
+    def reference(self) -> str:
+        """The global model."""
+        return "W"
+
+    def start(self, *, x: Tensor, wire: Tensor, W: Tensor, Delta: Tensor) -> None:
+        """W <- x; Delta <- 0."""
+        W.copy_(x)
+        Delta.zero_()
+
+    def chain(self, *, wire: Tensor, W: Tensor, Delta: Tensor) -> None:
+        """G <- mean - what x was reset to; Delta <- eta Delta + zeta G; W <- W + Delta."""
+        G = wire.sub_(W)
+        if self.nesterov:
+            G.sub_(Delta, alpha=self._eta)
+        Delta.mul_(self._eta).add_(G, alpha=self.zeta)
+        W.add_(Delta)
+
+    def mix(self, *, x: Tensor, wire: Tensor, W: Tensor, Delta: Tensor) -> None:
+        """x <- W, or W + eta Delta."""
+        x.copy_(W)
+        if self.nesterov:
+            x.add_(Delta, alpha=self._eta)

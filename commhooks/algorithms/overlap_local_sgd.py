@@ -1,0 +1,113 @@
+"""Overlap-Local-SGD: draw the models to an anchor that is averaged under the next tau steps."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+from torch import Tensor
+
+from commhooks.engine.state import CommHookState, EngineOptions
+from commhooks.hyperparameters import closed_unit, half_open_unit, integer_at_least
+
+__all__ = ["OverlapLocalSGD"]
+
+
+class OverlapLocalSGD(CommHookState):
+    r"""Overlap-Local-SGD (Wang, Liang & Joshi, ICASSP 2020, arXiv:2002.09539).
+
+    At a boundary, with :math:`z` as the last round left it (the paper's pullback)
+
+    .. math:: x_i \leftarrow (1 - \alpha) x_i + \alpha z
+
+    and a round is launched on the result. While the next ``tau`` steps compute, it ends with
+    (the paper's anchor update with momentum)
+
+    .. math::
+
+        v \leftarrow \beta v + \Bigl(\frac{1}{m} \sum_i x_i - z\Bigr), \qquad z \leftarrow z + v
+
+    The anchor :math:`z` starts as the parameters at the end of warm-up, :math:`v` as zero.
+
+    Extra memory: 1 model for ``beta=0``, where the all-reduced vector is the anchor, else 3.
+    Payload of a round: 1 model.
+
+    Args:
+        tau: steps from one boundary to the next; a round has as long to be hidden.
+        alpha: pull towards the anchor, in [0, 1]. The paper uses 0.6.
+        beta: momentum of the anchor, in [0, 1). The paper uses 0.7.
+        **options: ``process_group``, ``warmup_steps`` and ``bucket_cap_mb``, see
+            :class:`~commhooks.engine.state.CommHookState`.
+
+    Raises:
+        HyperParameterError: an argument has the wrong type or lies outside its range.
+    """
+
+    overlapped = True
+
+    def __init__(
+        self,
+        tau: int,
+        alpha: float = 0.6,
+        beta: float = 0.0,
+        **options: Unpack[EngineOptions],
+    ) -> None:
+        super().__init__(**options)
+        self.tau = integer_at_least("tau", tau, 1)
+        self.alpha = closed_unit("alpha", alpha)
+        self.beta = half_open_unit("beta", beta)
+
+    def hyperparameters(self) -> dict[str, object]:
+        """The hyper-parameters as plain values, by the names the constructor takes."""
+        own = {"tau": self.tau, "alpha": self.alpha, "beta": self.beta}
+        return {**own, **super().hyperparameters()}
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """With momentum z and v; without, the mean itself is z and stays in the wire."""
+        return ("z", "v") if self.beta else ()
+
+    @property
+    def reference(self) -> str:
+        """The anchor."""
+        return "z" if self.beta else "wire"
+
+    def start(
+        self,
+        *,
+        x: Tensor,
+        wire: Tensor,
+        z: Tensor | None = None,
+        v: Tensor | None = None,
+    ) -> None:
+        """z <- x; v <- 0."""
+        (wire if z is None else z).copy_(x)
+        if v is not None:
+            v.zero_()
+
+    def mix(
+        self,
+        *,
+        x: Tensor,
+        wire: Tensor,
+        z: Tensor | None = None,
+        v: Tensor | None = None,
+    ) -> None:
+        """x <- (1 - alpha) x + alpha z."""
+        x.lerp_(wire if z is None else z, self.alpha)
+
+    def contribute(
+        self,
+        *,
+        x: Tensor,
+        wire: Tensor,
+        z: Tensor | None = None,
+        v: Tensor | None = None,
+    ) -> None:
+        """The mean is that of the models after the pull."""
+        wire.copy_(x)
+
+    def chain(self, *, wire: Tensor, z: Tensor | None = None, v: Tensor | None = None) -> None:
+        """v <- beta v + (mean - z); z <- z + v."""
+        if z is not None and v is not None:
+            v.mul_(self.beta).add_(wire.sub_(z))
+            z.add_(v)

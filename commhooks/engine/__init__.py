@@ -1,0 +1,1 @@
+"""The engine: rounds, futures, buffers, hooks and checkpoints. It knows no algorithm."""

@@ -1,0 +1,126 @@
+"""One parameter all-reduce with what is chained to it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from commhooks.engine.communicator import Communicator
+from commhooks.engine.exit_guard import airborne
+from commhooks.engine.layout import Bucket
+from commhooks.engine.rules import Rules
+from commhooks.engine.ticket import Ticket
+
+__all__ = ["Round"]
+
+
+class Round:
+    """The all-reduces of every bucket's ``wire``, and the rules' ``chain`` after each.
+
+    Args:
+        number: the round's number, from 1.
+        buckets: the model, with the vectors filled by ``contribute``.
+        communicator: where the all-reduces go.
+        rules: what is chained to them.
+        probes: scalars that are NaN or inf if this rank's parameters are.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        buckets: Sequence[Bucket],
+        communicator: Communicator,
+        rules: Rules,
+        probes: list[Tensor],
+    ) -> None:
+        self.number = number
+        self._size = communicator.size
+        self._rules = rules
+        self._failures: list[str] = []
+        self._futures: list[torch.futures.Future[Tensor]] = []
+        self._launched_at = time.perf_counter()
+        self._arrived_at = self._launched_at
+        self._awaited = len(buckets)
+        self._lock = threading.Lock()
+        self._landed = threading.Event()
+        airborne.add(self._landed)
+        self._ticket: Ticket | None = None
+        device = buckets[0].device
+        try:
+            with record_function("commhooks::launch"):
+                self._ticket = Ticket(
+                    communicator, device, consensus=False, number=number, probes=probes
+                )
+                for bucket in buckets:
+                    reduced = communicator.all_reduce(bucket.vectors["wire"])
+                    self._futures.append(reduced.then(self._chained_to(bucket)))
+        except RuntimeError as error:
+            # Raised by `wait`, like every other failure, before anything is mixed.
+            self._failures.append(str(error))
+            self._land(len(buckets) - len(self._futures))
+
+    @property
+    def done(self) -> bool:
+        """Whether the result, chained update included, has arrived (or the round has failed)."""
+        return all(future.done() for future in self._futures)
+
+    @property
+    def in_flight(self) -> float:
+        """Seconds from the launch to the last bucket's arrival, once :meth:`wait` has returned."""
+        return self._arrived_at - self._launched_at
+
+    def wait(self) -> str | None:
+        """Wait for every bucket; the cause of the failure, if the round has failed."""
+        with record_function("commhooks::wait"):
+            try:
+                refusal = self._ticket.wait() if self._ticket is not None else None
+            except Exception as error:  # noqa: BLE001 - a backend may raise anything
+                refusal = str(error)
+            if refusal is not None:
+                # The payloads may never arrive, or may be paired with something else.
+                self._failures.insert(0, refusal)
+                return refusal
+            for future in self._futures:
+                try:
+                    future.wait()
+                except Exception as error:  # noqa: BLE001 - a backend may raise anything
+                    self._failures.append(str(error))
+        return self._failures[0] if self._failures else None
+
+    def _land(self, buckets: int = 1) -> None:
+        """Count buckets that are through, one way or the other."""
+        with self._lock:
+            self._awaited -= buckets
+            landed = self._awaited <= 0
+        if landed:
+            airborne.discard(self._landed)
+            self._landed.set()
+
+    def _chained_to(self, bucket: Bucket) -> Callable[[torch.futures.Future[Any]], Tensor]:
+        def chain(reduced: torch.futures.Future[Any]) -> Tensor:
+            """Runs on the backend's thread when the all-reduce ends."""
+            wire = bucket.vectors["wire"]
+            try:
+                reduced.value()
+                with record_function("commhooks::chain"):
+                    for vectors in bucket.slices:
+                        if self._size > 1:
+                            vectors["wire"].mul_(1.0 / self._size)
+                        self._rules.chain(**vectors)
+            except Exception as error:
+                self._land()
+                # The future would wrap this in C++ stack frames; `wait` reports the plain text.
+                self._failures.append(str(error))
+                raise
+            self._arrived_at = time.perf_counter()
+            self._land()
+            # A CUDA future records the tensors it holds on the streams that wait for it.
+            return wire
+
+        return chain

@@ -1,0 +1,72 @@
+"""Before ranks trust a result: are they all at the same point, with finite numbers?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from commhooks.engine.communicator import Communicator
+
+__all__ = ["Ticket"]
+
+_POINT, _NUMBER, _NOT_FINITE = range(3)
+_POINTS = ("round {}", "averaged() or finish() after round {}")
+
+
+class Ticket:
+    """A row of numbers from every rank, sent along with whatever it vouches for.
+
+    It always has the same size, so it meets its counterpart even where one rank runs a round and
+    another finishes, whose payloads would pair up wrongly or not at all.
+
+    Args:
+        communicator: where it is sent.
+        device: where the payload lies.
+        consensus: whether the payload is the whole model for ``averaged()`` or ``finish()``.
+        number: of the round, or of the last one before.
+        probes: scalars that are NaN or inf if the rank's parameters are.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        device: torch.device,
+        *,
+        consensus: bool,
+        number: int,
+        probes: list[Tensor],
+    ) -> None:
+        self._ranks = communicator.ranks
+        self._mine = communicator.rank
+        # One column a rank and zeros in the others', so that the sum is everybody's row.
+        self._slots = torch.zeros(3, communicator.size, dtype=torch.float64, device=device)
+        self._slots[_POINT, self._mine] = float(consensus)
+        self._slots[_NUMBER, self._mine] = float(number)
+        if probes:
+            total = torch.stack([probe.to(device, torch.float64) for probe in probes]).sum()
+            self._slots[_NOT_FINITE, self._mine] = (~torch.isfinite(total)).double()
+        self._future = communicator.all_reduce(self._slots)
+
+    def wait(self) -> str | None:
+        """What forbids to use the payload, if anything.
+
+        Raises:
+            RuntimeError: the ticket itself did not get through.
+        """
+        self._future.wait()
+        rows = self._slots.cpu()
+        points = [
+            _POINTS[int(point)].format(int(number))
+            for point, number in zip(rows[_POINT], rows[_NUMBER], strict=True)
+        ]
+        if any(point != points[self._mine] for point in points):
+            where = ", ".join(f"rank {r} at {p}" for r, p in zip(self._ranks, points, strict=True))
+            return (
+                f"the ranks are not at the same point: {where}. Every rank must take the same "
+                "number of steps and call averaged(), finish() and disable() at the same ones; for "
+                "uneven inputs use torch.distributed.algorithms.Join([state, ddp_model])."
+            )
+        broken = [r for r, bad in zip(self._ranks, rows[_NOT_FINITE], strict=True) if bad]
+        if broken:
+            return f"the parameters of rank(s) {broken} hold NaN or inf."
+        return None

@@ -1,0 +1,40 @@
+"""The one DDP communication hook of the library."""
+
+# No ``from __future__ import annotations`` here: DDP compares the hook's annotations with types,
+# and annotations turned into strings make it refuse the hook.
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from commhooks.engine.state import CommHookState
+
+__all__ = ["comm_hook"]
+
+
+def comm_hook(
+    state: "CommHookState",
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[torch.Tensor]:
+    """DDP communication hook that lets ``state`` decide what happens to a gradient bucket.
+
+    ``state.register(ddp_model, optimizer)`` registers it. The bare PyTorch form works too:
+    ``ddp_model.register_comm_hook(state, commhooks.comm_hook)``. The state then learns its
+    parameters from the buckets of the first backward, its optimizers when they first step and
+    the model at its second forward; until then DDP broadcasts the model's buffers once, and a
+    loop that uses GradScaler must not put a collective of its own right after a skipped step.
+
+    Args:
+        state: one of the package's states, such as :class:`commhooks.OverlapLocalSGD`.
+        bucket: the gradients of some parameters, flat, not divided by the world size.
+
+    Returns:
+        A future of the bucket's flat gradient, averaged over the ranks during warm-up and this
+        rank's own afterwards.
+
+    Raises:
+        RegistrationError: the gradients are sparse, or (bare form, first backward) the ranks
+            disagree on the algorithm, its hyper-parameters or the parameters.
+    """
+    return state.reduce_gradients(bucket)
