@@ -1,0 +1,293 @@
+"""Folders of checkpoints: written whole or not at all, and verified before they are used.
+
+Nothing here knows what a checkpoint holds; the ranks' only dealings are to agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import torch.distributed as dist
+
+from commhooks.errors import CheckpointError, RoundError
+
+__all__ = ["Checkpoints", "verify"]
+
+logger = logging.getLogger("commhooks")
+
+T = TypeVar("T")
+
+_NAME = "checkpoint-"
+_ABANDONED = "abandoned-"
+_DRAFT = ".draft-"
+_PRESENT = ".present-"
+_MANIFEST = "manifest.json"
+_FORMAT = 1
+
+
+class Checkpoints:
+    """The numbered checkpoints of one run, ``checkpoint-00000042`` and so on, in one folder.
+
+    Every rank makes one and calls its methods, which are collective. The ranks may share the folder
+    or have one of this name each, as machines without a common file system do.
+
+    A checkpoint is written under another name; when every rank is done its files are flushed to
+    disk, listed with their sizes and SHA-256 sums in ``manifest.json``, and the directory takes its
+    name. A crash at any moment leaves the checkpoints that were there before.
+
+    Args:
+        folder: where they lie; made when the first is saved.
+        keep: how many to keep, at least 1.
+        process_group: the ranks that save together; None means all, or this process alone where
+            ``torch.distributed`` is not initialised.
+
+    Raises:
+        ValueError: ``keep`` is below 1.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        keep: int = 3,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep!r}.")
+        self.folder = Path(folder)
+        self.keep = keep
+        self._group = process_group
+
+    def save(self, number: int, write: Callable[[Path], object]) -> Path:
+        """Make checkpoint ``number``, and drop those beyond the last ``keep``. Collective.
+
+        One of the same number is replaced. Those with higher numbers are of a course that the run
+        has left by going on from an earlier one: they are renamed to ``abandoned-...``.
+
+        Args:
+            number: orders the checkpoints, such as the step.
+            write: puts this rank's files into the directory it is given, which exists. Collectives
+                in it come before whatever can fail on one rank alone.
+
+        Returns:
+            The checkpoint's directory.
+
+        Raises:
+            CheckpointError: a rank could not write; raised on the others. That rank raises what
+                ``write`` raised, and no rank has a new checkpoint.
+            RoundError: ``write`` raised it.
+        """
+        nonce, *_ = self._gathered(uuid4().hex)
+        draft = self.folder / f"{_DRAFT}{nonce}"
+
+        def write_draft() -> None:
+            draft.mkdir(parents=True, exist_ok=True)
+            (draft / f"{_PRESENT}{self._rank:08d}").touch()
+            write(draft)
+
+        target = self.folder / f"{_NAME}{number:08d}"
+        self._together(f"{target} was not written", write_draft)
+        # One rank for each file system. All look before the first one takes the marks away.
+        sealing, *_ = sorted(draft.glob(f"{_PRESENT}*"))
+        chosen = sealing.name == f"{_PRESENT}{self._rank:08d}"
+        self._gathered(None)
+        self._together(
+            f"{target} was not written",
+            lambda: self._seal(draft, target) if chosen else None,
+        )
+        return target
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole, the same on every rank. Collective.
+
+        Newer ones that are not are logged as errors, with the reason.
+
+        Returns:
+            Its directory; None if there has never been a checkpoint.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none is whole.
+        """
+        mine = _numbered(self.folder)
+        numbers = sorted({n for theirs in self._gathered(sorted(mine)) for n in theirs})
+        places = self._gathered(_place(self.folder))
+        verifies = places.index(_place(self.folder)) == self._rank
+        for number in reversed(numbers):
+            reason = verify(mine[number]) if number in mine and verifies else None
+            if number not in mine:
+                reason = "it is missing."
+            reasons = self._gathered(reason)
+            if not any(reasons):
+                return mine[number]
+            if self._rank == 0:
+                logger.error(
+                    "commhooks: checkpoint %s%08d is not used: %s",
+                    _NAME,
+                    number,
+                    _by_rank(reasons),
+                )
+        if numbers:
+            raise CheckpointError(
+                f"None of the {len(numbers)} checkpoints in {self.folder} is whole; the log says "
+                "what is wrong with each. Remove them to start anew."
+            )
+        return None
+
+    @property
+    def _rank(self) -> int:
+        return dist.get_rank(self._group) if dist.is_initialized() else 0
+
+    def _gathered(self, value: T) -> list[T]:
+        """Every rank's value. Returns on no rank before all have come."""
+        if not dist.is_initialized():
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def _together(self, complaint: str, action: Callable[[], object]) -> None:
+        """Run ``action`` on every rank; raise on all of them if it fails on one."""
+        failure: Exception | None = None
+        try:
+            action()
+        except RoundError:
+            # It fails on every rank, and the ranks may no longer reach each other.
+            raise
+        except Exception as error:  # noqa: BLE001 - raised again once everybody knows
+            failure = error
+        reasons = self._gathered(f"{type(failure).__name__}: {failure}" if failure else None)
+        if failure is not None:
+            raise failure
+        if any(reasons):
+            raise CheckpointError(f"{complaint}: {_by_rank(reasons)}")
+
+    def _seal(self, draft: Path, target: Path) -> None:
+        for mark in draft.glob(f"{_PRESENT}*"):
+            mark.unlink()
+        _write_manifest(draft)
+        for path in (*_files(draft), *_directories(draft)):
+            _flush(path)
+        self._discard(target)
+        draft.rename(target)
+        _flush(self.folder)
+        self._tidy(target)
+
+    def _tidy(self, latest: Path) -> None:
+        """Drop what is too old, what is on another course, and what crashes have left behind."""
+        checkpoints = _numbered(self.folder)
+        for number in [n for n in checkpoints if n > int(latest.name.removeprefix(_NAME))]:
+            left = checkpoints.pop(number)
+            abandoned = self.folder / f"{_ABANDONED}{left.name}"
+            self._discard(abandoned)
+            left.rename(abandoned)
+            logger.warning(
+                "commhooks: %s is of a course that the run has left by saving %s; it is now %s.",
+                left.name,
+                latest.name,
+                abandoned.name,
+            )
+        for number in sorted(checkpoints)[: -self.keep]:
+            self._discard(checkpoints[number])
+        for leftover in self.folder.glob(f"{_DRAFT}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _discard(self, checkpoint: Path) -> None:
+        """Take away its name at once and its files at leisure."""
+        if checkpoint.exists():
+            doomed = self.folder / f"{_DRAFT}{uuid4().hex}"
+            checkpoint.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def verify(checkpoint: Path) -> str | None:
+    """Why a checkpoint's directory is not what was saved; None if it is.
+
+    Files that are not in the manifest are none of its business.
+    """
+    try:
+        manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
+        if manifest["format"] != _FORMAT:
+            return f"{_MANIFEST} is of format {manifest['format']!r}, this version reads {_FORMAT}."
+        listed = {
+            name: (int(facts["size"]), str(facts["sha256"]))
+            for name, facts in manifest["files"].items()
+        }
+    except OSError as error:
+        return f"{_MANIFEST} cannot be read: {error.strerror}."
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{_MANIFEST} is damaged: {error!r}."
+    for name, (size, digest) in listed.items():
+        try:
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes instead of {size}."
+            if _digest(checkpoint / name) != digest:
+                return f"{name} has another SHA-256 sum than when it was saved."
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}."
+    return None
+
+
+def _write_manifest(directory: Path) -> None:
+    files = {
+        path.relative_to(directory).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": _digest(path),
+        }
+        for path in _files(directory)
+    }
+    text = json.dumps({"format": _FORMAT, "files": files}, indent=1)
+    (directory / _MANIFEST).write_text(text + "\n")
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    return (path for path in sorted(directory.rglob("*")) if path.is_file())
+
+
+def _directories(directory: Path) -> Iterator[Path]:
+    yield from (path for path in directory.rglob("*") if path.is_dir())
+    yield directory
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+    """The checkpoints in a folder by number, whole or not."""
+    return {
+        int(path.name.removeprefix(_NAME)): path
+        for path in folder.glob(f"{_NAME}*")
+        if path.name.removeprefix(_NAME).isdecimal() and path.is_dir()
+    }
+
+
+def _place(folder: Path) -> tuple[str, int, int] | None:
+    """Equal on two ranks only if they see the same folder."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return socket.gethostname(), found.st_dev, found.st_ino
+
+
+def _by_rank(reasons: list[str | None]) -> str:
+    return " ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
