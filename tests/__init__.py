@@ -1,0 +1,1 @@
+"""Tests of commhooks: references in one process, the library in several."""

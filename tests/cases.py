@@ -1,0 +1,89 @@
+"""One training run as plain values, so that ranks and the reference run the same."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tests import reference
+from tests.workload import (
+    TINY_CAP_MB,
+    Backward,
+    MakeModel,
+    MakeOptimizers,
+    gradient,
+    nesterov_sgd,
+    ragged_model,
+)
+
+ALGORITHMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "AllReduce": ({},),
+    "LocalSGD": ({},),
+    "OverlapLocalSGD": ({}, {"alpha": 0.5, "beta": 0.7}),
+    "EASGD": ({}, {"alpha": 0.3}),
+    "CoCoDSGD": ({},),
+    "BMUF": ({}, {"eta": 0.4, "zeta": 0.8, "nesterov": True}),
+}
+"""Each algorithm's names of class and hyper-parameters, besides tau."""
+
+PERIODIC = tuple(name for name in ALGORITHMS if name != "AllReduce")
+BLOCKING = ("LocalSGD", "BMUF")
+OVERLAPPED = ("OverlapLocalSGD", "EASGD", "CoCoDSGD")
+
+
+@dataclass(frozen=True)
+class Case:
+    """``arguments`` are what both the library's class and the reference's take."""
+
+    algorithm: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    warmup_steps: int = 0
+    optimizers: MakeOptimizers = nesterov_sgd
+    dtype: torch.dtype = torch.float32
+    steps: int = 12
+    model: MakeModel = ragged_model
+    backward: Backward = gradient
+    ddp: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        arguments = "-".join(f"{name}={value}" for name, value in self.arguments.items())
+        dtype = str(self.dtype).removeprefix("torch.")
+        warmup = f"warmup={self.warmup_steps}"
+        return f"{self.algorithm}-{arguments}-{warmup}-{self.optimizers.__name__}-{dtype}"
+
+    @property
+    def tau(self) -> int:
+        return int(self.arguments.get("tau", 1))
+
+    @property
+    def tolerance(self) -> float:
+        return 1e-12 if self.dtype == torch.float64 else 1e-6
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What only the library's class takes."""
+        return {"warmup_steps": self.warmup_steps, "bucket_cap_mb": TINY_CAP_MB}
+
+    def reference(self) -> reference.Reference:
+        made: reference.Reference = getattr(reference, self.algorithm)(**self.arguments)
+        return made
+
+
+def with_tau(algorithm: str, tau: int) -> Iterator[dict[str, Any]]:
+    """Every choice of hyper-parameters of ``algorithm``, at this ``tau`` where it has one."""
+    for arguments in ALGORITHMS[algorithm]:
+        yield dict(arguments) if algorithm == "AllReduce" else {"tau": tau, **arguments}
+
+
+def one_case(algorithm: str, tau: int, **settings: Any) -> Case:
+    """``algorithm`` with its default hyper-parameters."""
+    return Case(algorithm, next(with_tau(algorithm, tau)), **settings)
+
+
+def two_cases(**settings: Any) -> list[Case]:
+    """A blocking and an overlapped algorithm, for what does not depend on the algorithm."""
+    return [
+        Case("LocalSGD", {"tau": 2}, **settings),
+        Case("OverlapLocalSGD", {"tau": 3, "alpha": 0.5, "beta": 0.7}, **settings),
+    ]

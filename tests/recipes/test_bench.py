@@ -1,0 +1,74 @@
+"""The benchmark, in its small form and through its command line. No time is asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmark.results import lines
+from network.sandbox import refusal
+
+BENCH = Path(__file__).parents[2] / "recipes" / "bench.py"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_quick_form_measures_every_contender(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCH), "--quick", "--output-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=390,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = tmp_path.iterdir()
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    races = [record for record in records if record["measurement"] == "race"]
+    names = {record["contender"] for record in races}
+    assert {"no communication", "DDP", "accelerate LocalSGD"} < names
+    assert sum(name.startswith("commhooks") for name in names) == 7
+    # Every algorithm, and each of its lines, in every cell.
+    cells = {(record["ranks"], record["rate"]) for record in races}
+    for cell in cells:
+        assert names == {r["contender"] for r in races if (r["ranks"], r["rate"]) == cell}
+    assert len([r for r in records if r["measurement"] == "overheads"]) == 3
+    assert len([r for r in records if r["measurement"] == "boundaries"]) == 6
+    assert (folder / "bench.png").stat().st_size > 10_000
+    assert list(folder.glob("wandb/offline-run-*"))
+    if refusal() is None:
+        # Bytes are no times: a ring over 2 ranks sends every parameter once, plus headers.
+        by_name = {r["contender"]: r for r in races if r["ranks"] == 2}
+        for name in ("DDP", "commhooks LocalSGD", "commhooks OverlapLocalSGD"):
+            sample = by_name[name]
+            assert 1.0 < sample["sent"] / sample["parameters"] < 1.10, name
+        assert by_name["no communication"]["sent"] < 0.01 * by_name["DDP"]["parameters"]
+
+
+def test_a_sample_is_compared_within_its_repeat() -> None:
+    samples = [
+        _sample("no communication", 0, 1.0),
+        _sample("DDP", 0, 3.0),
+        _sample("no communication", 1, 2.0),
+        _sample("DDP", 1, 8.0),
+    ]
+    baseline, ddp = lines(samples, tau=4)
+    assert baseline.multiple == (1.0, 1.0, 1.0)
+    assert ddp.multiple == (3.5, 3.0, 4.0)
+
+
+def _sample(contender: str, repeat: int, seconds: float) -> dict[str, object]:
+    return {
+        "contender": contender,
+        "kind": "step",
+        "repeat": repeat,
+        "steps": 2,
+        "seconds": seconds,
+        "exposed": None,
+        "hidden": None,
+        "sent": None,
+        "peak": 1,
+        "parameters": 1,
+    }

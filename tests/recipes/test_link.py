@@ -1,0 +1,148 @@
+"""The shaped link: what a command sees under it, and what is left when it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from network.launchers import Place, command_of, environment_of
+from network.sandbox import refusal
+
+LINK = Path(__file__).parents[2] / "recipes" / "link.py"
+PLACE = Place(rank=1, ranks=2, address="10.0.0.1", port=29500, interface="link0")
+REFUSAL = refusal()
+shapes = pytest.mark.skipif(REFUSAL is not None, reason=f"no shaped network here: {REFUSAL}")
+
+# Sends 2 MB from rank 0 to rank 1 and measures how long rank 1 waits for the last of it.
+SEND = """
+import os, socket, time
+rank, at = int(os.environ["RANK"]), (os.environ["MASTER_ADDR"], 29501)
+if rank == 0:
+    with socket.create_server(at) as server:
+        connection, _ = server.accept()
+        connection.sendall(bytes(2_000_000))
+        connection.recv(1)
+else:
+    while True:
+        try:
+            connection = socket.create_connection(at)
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    received, start = 0, time.monotonic()
+    while received < 2_000_000:
+        received += len(connection.recv(1 << 20))
+    seconds = time.monotonic() - start
+    connection.sendall(b"x")
+    # 2 MB at 16 Mbit/s take 1 s; a link that is not shaped takes milliseconds.
+    assert seconds > 0.8, seconds
+"""
+
+
+def link(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(LINK), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@shapes
+def test_rate_holds_and_bytes_are_counted(tmp_path: Path) -> None:
+    report = tmp_path / "link.json"
+    done = link("--rate", "16mbit", "--json", str(report), "--", sys.executable, "-c", SEND)
+    assert done.returncode == 0, done.stderr
+    sent = json.loads(report.read_text())["bytes_sent"]
+    # Every 1448 bytes of payload carry 66 bytes of headers.
+    assert 1.04 < sent[0] / 2e6 < 1.06
+    assert sent[1] < 0.1 * sent[0]
+
+
+@shapes
+def test_only_rank_0_is_heard_unless_another_fails() -> None:
+    done = link("--ranks", "3", "--", "sh", "-c", "echo hello from {rank}; test {rank} != 2")
+    assert done.returncode == 1
+    assert done.stdout == "hello from 0\n"
+    assert "[rank 2] hello from 2" in done.stderr
+    assert "hello from 1" not in done.stderr
+
+
+@shapes
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_survives_a_signal(number: signal.Signals) -> None:
+    # A child in a session of its own is what escapes a careless clean-up.
+    mark = f"{os.getpid()}{int(number):02}"
+    command = ["sh", "-c", f"setsid sleep 1{mark} & echo started; sleep 1{mark}"]
+    process = subprocess.Popen(
+        [sys.executable, str(LINK), "--", *command], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(number)
+    process.stdout.close()
+    assert process.wait(timeout=30) != 0
+    deadline = time.monotonic() + 10
+    while (left := _running(f"1{mark}")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+
+
+@shapes
+def test_unknown_rate_is_reported() -> None:
+    done = link("--rate", "fast", "--", "true")
+    assert done.returncode == 1
+    assert "fast" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_tools_it_runs_unshaped_and_says_so() -> None:
+    done = subprocess.run(
+        [sys.executable, str(LINK), "--", "/bin/sh", "-c", "echo {address} {interface}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PATH": "/nonexistent"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "127.0.0.1 lo\n"
+    assert "running unshaped" in done.stderr
+
+
+def test_a_launcher_learns_its_machine() -> None:
+    words = "accelerate launch --multi_gpu --num_machines 1 --num_processes=4 a.py --num_machines 7"
+    command = " ".join(command_of(PLACE, words.split()))
+    assert command == (
+        "accelerate launch --num_machines 2 --num_processes 2 --machine_rank 1 "
+        "--main_process_ip 10.0.0.1 --main_process_port 29500 --multi_gpu a.py --num_machines 7"
+    )
+
+
+def test_placeholders_are_filled_and_other_braces_left() -> None:
+    assert command_of(PLACE, ["x", "{rank}/{ranks}", '{"json": 1}']) == ["x", "1/2", '{"json": 1}']
+
+
+def test_environment_keeps_what_the_user_chose() -> None:
+    environment = environment_of(PLACE, {"OMP_NUM_THREADS": "7", "RANK": "0"})
+    assert environment["OMP_NUM_THREADS"] == "7"
+    assert environment["RANK"] == environment["PET_NODE_RANK"] == "1"
+
+
+def _running(argument: str) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if words[:2] == [b"sleep", argument.encode()]:
+                found.append(entry.name)
+    return found

@@ -1,0 +1,147 @@
+"""Options: what is passed on, what is refused, and what help says."""
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+
+import commhooks
+import vision
+from common.algorithms import (
+    AlgorithmName,
+    AlgorithmOptions,
+    build_state,
+    hyper_parameters,
+    signature,
+)
+from common.errors import RecipeError
+from common.options import read_command_line
+
+
+def read(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> vision.Config:
+    monkeypatch.setattr("sys.argv", ["vision.py", *arguments])
+    return read_command_line(vision.Config, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "state"),
+    [
+        (AlgorithmOptions("all-reduce"), "AllReduce(warmup_steps=0)"),
+        (AlgorithmOptions("local-sgd", tau=3), "LocalSGD(tau=3, warmup_steps=0)"),
+        (
+            AlgorithmOptions("overlap-local-sgd", beta=0.7, warmup_steps=5),
+            "OverlapLocalSGD(tau=8, alpha=0.6, beta=0.7, warmup_steps=5)",
+        ),
+        (AlgorithmOptions("easgd"), "EASGD(tau=8, alpha=None, warmup_steps=0)"),
+        (AlgorithmOptions("cocod-sgd", tau=1), "CoCoDSGD(tau=1, warmup_steps=0)"),
+        (
+            AlgorithmOptions("bmuf", nesterov=True, eta=0.5),
+            "BMUF(tau=8, eta=0.5, zeta=1.0, nesterov=True, warmup_steps=0)",
+        ),
+    ],
+)
+def test_options_reach_the_state(options: AlgorithmOptions, state: str) -> None:
+    built = build_state(options)
+    assert repr(built) == state
+    assert built is not None
+    assert built.bucket_cap_mb == 25.0
+
+
+def test_plain_ddp_has_no_state() -> None:
+    assert build_state(AlgorithmOptions("ddp")) is None
+
+
+@pytest.mark.parametrize("algorithm", get_args(AlgorithmName))
+@pytest.mark.parametrize(
+    "name", ["tau", "alpha", "beta", "eta", "zeta", "nesterov", "warmup_steps", "bucket_cap_mb"]
+)
+def test_an_option_is_the_algorithms_or_refused(algorithm: AlgorithmName, name: str) -> None:
+    value = True if name == "nesterov" else 1
+    values: dict[str, Any] = {name: value}
+    options = replace(AlgorithmOptions(algorithm), **values)
+    if name in hyper_parameters(AlgorithmOptions(algorithm)):
+        assert hyper_parameters(options)[name] == value
+        return
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(RecipeError, match=f"{flag}: not an option of {algorithm}"):
+        hyper_parameters(options)
+
+
+def test_zero_is_a_value_and_is_refused_as_one() -> None:
+    """Equal to False, which is how an option that was not given looks."""
+    with pytest.raises(commhooks.HyperParameterError, match="tau"):
+        build_state(AlgorithmOptions("local-sgd", tau=0))
+    with pytest.raises(RecipeError, match="--beta"):
+        build_state(AlgorithmOptions("local-sgd", beta=0.0))
+
+
+def test_names_tell_runs_apart() -> None:
+    assert signature(AlgorithmOptions("ddp")) == "ddp"
+    assert signature(AlgorithmOptions("easgd")) == "easgd tau=8"
+    assert (
+        signature(AlgorithmOptions("bmuf", tau=2, nesterov=True, warmup_steps=9))
+        == "bmuf tau=2 zeta=1.0 nesterov=True warmup=9"
+    )
+
+
+def test_the_command_line_is_flat(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read(
+        monkeypatch,
+        *("--algorithm", "bmuf", "--tau", "4", "--nesterov", "--partition", "dirichlet"),
+        *("--lr-milestones", "3", "4.5", "--mixed-precision", "bf16", "--tags", "a", "b"),
+    )
+    assert config.method == AlgorithmOptions("bmuf", tau=4, nesterov=True)
+    assert config.data.partition == "dirichlet"
+    assert config.training.lr_milestones == (3.0, 4.5)
+    assert config.run.mixed_precision == "bf16"
+    assert config.run.tags == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--epochs", "0"], "--epochs must be at least 1, not 0"),
+        (["--max-steps", "0"], "--max-steps must be at least 1, not 0"),
+        (["--batch-size", "-4"], "--batch-size must be at least 1, not -4"),
+        (["--lr-decay", "nan"], "--lr-decay must be at least 0, not nan"),
+        (["--tau", "often"], "--tau"),
+        (["--algorithm", "sgd"], "overlap-local-sgd"),
+        (["--gamma", "1"], "--gamma"),
+    ],
+)
+def test_bad_values_say_what_is_wrong(
+    arguments: list[str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        read(monkeypatch, *arguments)
+    assert exit_status.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_one_worker_speaks_for_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        read(monkeypatch, "--epochs", "0")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_help_explains_every_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as exit_status:
+        read(monkeypatch, "--help")
+    assert exit_status.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for group in ("method", "training", "data", "run"):
+        assert f"{group} options" in text
+    for flag in ("--algorithm", "--tau", "--partition", "--mixed-precision", "--wandb", "--json"):
+        assert flag in text
+    # What tyro prints for an optional value, unless told what to say.
+    assert "{None}" not in text
+    assert "(default: None)" not in text

@@ -1,0 +1,133 @@
+"""One class per row of the table; ``boundary`` maps all workers' x to all workers' new x.
+
+A mean that is launched at a boundary and used at the next is kept in ``launched`` until then.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tests.reference.vectors import mean
+
+
+class Reference(Protocol):
+    tau: int | None  # None: gradients are averaged, there is no boundary
+
+    def start(self, x: Sequence[Tensor]) -> None:
+        """Set z, s, W from the parameters at the end of warm-up, the same on every worker."""
+
+    def boundary(self, x: Sequence[Tensor]) -> list[Tensor]:
+        """Every worker's parameters after the boundary."""
+
+
+class AllReduce:
+    """Fully synchronous SGD."""
+
+    tau: int | None = None
+
+    def start(self, x: Sequence[Tensor]) -> None:
+        pass
+
+    def boundary(self, x: Sequence[Tensor]) -> list[Tensor]:
+        raise NotImplementedError("there is no boundary")
+
+
+class LocalSGD:
+    """x <- mean."""
+
+    def __init__(self, tau: int) -> None:
+        self.tau: int | None = tau
+
+    def start(self, x: Sequence[Tensor]) -> None:
+        pass
+
+    def boundary(self, x: Sequence[Tensor]) -> list[Tensor]:
+        return [mean(x) for _ in x]
+
+
+class OverlapLocalSGD:
+    """x <- (1-alpha) x + alpha z; then v <- beta v + (mean(x) - z), z <- z + v."""
+
+    def __init__(self, tau: int, alpha: float = 0.6, beta: float = 0.0) -> None:
+        self.tau, self.alpha, self.beta = tau, alpha, beta
+
+    def start(self, x: Sequence[Tensor]) -> None:
+        self.z = x[0].clone()
+        self.v = torch.zeros_like(x[0])
+        self.launched: Tensor | None = None
+
+    def boundary(self, x: Sequence[Tensor]) -> list[Tensor]:
+        if self.launched is not None:
+            self.v = self.beta * self.v + (self.launched - self.z)
+            self.z = self.z + self.v
+        pulled = [(1 - self.alpha) * xi + self.alpha * self.z for xi in x]
+        self.launched = mean(pulled)
+        return pulled
+
+
+class EASGD:
+    """z <- sum(alpha x + (1/m - alpha) z) with x before the pull; x <- x - alpha (x - z)."""
+
+    def __init__(self, tau: int, alpha: float | None = None) -> None:
+        self.tau, self.given_alpha = tau, alpha
+
+    def start(self, x: Sequence[Tensor]) -> None:
+        self.alpha = 0.9 / len(x) if self.given_alpha is None else self.given_alpha
+        self.z = x[0].clone()
+        self.launched: Tensor | None = None
+
+    def boundary(self, x: Sequence[Tensor]) -> list[Tensor]:
+        m, alpha = len(x), self.alpha
+        if self.launched is not None:
+            self.z = self.launched
+        self.launched = torch.stack([alpha * xi + (1 / m - alpha) * self.z for xi in x]).sum(dim=0)
+        return [xi - alpha * (xi - self.z) for xi in x]
+
+
+class CoCoDSGD:
+    """x <- z + (x - s); s <- x; then z <- mean(x)."""
+
+    def __init__(self, tau: int) -> None:
+        self.tau: int | None = tau
+
+    def start(self, x: Sequence[Tensor]) -> None:
+        self.s = [xi.clone() for xi in x]
+        self.launched = x[0].clone()
+
+    def boundary(self, x: Sequence[Tensor]) -> list[Tensor]:
+        z = self.launched
+        moved = [z + (xi - si) for xi, si in zip(x, self.s, strict=True)]
+        self.s = [xi.clone() for xi in moved]
+        self.launched = mean(moved)
+        return moved
+
+
+class BMUF:
+    """G <- mean - W; Delta <- eta Delta + zeta G; W <- W + Delta; x <- W or W + eta Delta.
+
+    The next G is taken from what x was reset to.
+    """
+
+    def __init__(
+        self,
+        tau: int,
+        eta: float | None = None,
+        zeta: float = 1.0,
+        nesterov: bool = False,
+    ) -> None:
+        self.tau, self.given_eta, self.zeta, self.nesterov = tau, eta, zeta, nesterov
+
+    def start(self, x: Sequence[Tensor]) -> None:
+        self.eta = 1 - 1 / len(x) if self.given_eta is None else self.given_eta
+        self.w = x[0].clone()
+        self.reset_to = x[0].clone()
+        self.delta = torch.zeros_like(x[0])
+
+    def boundary(self, x: Sequence[Tensor]) -> list[Tensor]:
+        g = mean(x) - self.reset_to
+        self.delta = self.eta * self.delta + self.zeta * g
+        self.w = self.w + self.delta
+        self.reset_to = self.w + self.eta * self.delta if self.nesterov else self.w.clone()
+        return [self.reset_to.clone() for _ in x]

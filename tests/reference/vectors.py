@@ -1,0 +1,24 @@
+"""Whole-model vectors: a model's parameters in one tensor, and the mean over workers."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def flat(parameters: Iterable[Tensor]) -> Tensor:
+    """A copy of the parameters as one vector."""
+    return torch.cat([p.detach().reshape(-1) for p in parameters])
+
+
+@torch.no_grad()
+def write(vector: Tensor, parameters: Iterable[Tensor]) -> None:
+    """Copy the parts of ``vector`` into the parameters."""
+    offset = 0
+    for p in parameters:
+        p.copy_(vector[offset : offset + p.numel()].view_as(p))
+        offset += p.numel()
+
+
+def mean(vectors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(vectors)).mean(dim=0)

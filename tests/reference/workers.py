@@ -1,0 +1,103 @@
+"""m workers in one process: each its own model and optimizer, one `Reference` over them all."""
+
+import copy
+from collections.abc import Callable, Container, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tests.reference.algorithms import Reference
+from tests.reference.vectors import flat, mean, write
+
+
+class Workers:
+    """Steps all workers together; ``x`` holds every worker's parameters after the step.
+
+    ``gradient(model, rank, step)`` leaves worker ``rank``'s gradient of ``step`` (1, 2, ...) in
+    ``model``. Only parameters that require gradients take part; half-precision ones are averaged in
+    fp32.
+    """
+
+    def __init__(
+        self,
+        algorithm: Reference,
+        model: nn.Module,
+        optimizer: Callable[[nn.Module], Sequence[Optimizer]],
+        size: int,
+        warmup_steps: int = 0,
+    ) -> None:
+        self.algorithm, self.warmup_steps = algorithm, warmup_steps
+        self.models = [copy.deepcopy(model) for _ in range(size)]
+        self.optimizers = [optimizer(each) for each in self.models]
+        self.steps = 0
+        self.started_at = warmup_steps
+        if warmup_steps == 0:
+            algorithm.start(self.x)
+
+    @property
+    def x(self) -> list[Tensor]:
+        return [_widened(flat(_trained(model))) for model in self.models]
+
+    @property
+    def consensus(self) -> Tensor:
+        return mean(self.x)
+
+    @property
+    def all_optimizers(self) -> list[Optimizer]:
+        return [optimizer for optimizers in self.optimizers for optimizer in optimizers]
+
+    def step(
+        self,
+        gradient: Callable[[nn.Module, int, int], object],
+        skipped: Container[tuple[int, int]] = (),
+    ) -> list[Tensor]:
+        """One step of every worker, without the optimizers of a ``(rank, step)`` in ``skipped``."""
+        self.steps += 1
+        for rank, model in enumerate(self.models):
+            model.zero_grad()
+            gradient(model, rank, self.steps)
+        if self.algorithm.tau is None or self.steps <= self.warmup_steps:
+            self._average_gradients()
+        for rank, optimizers in enumerate(self.optimizers):
+            for optimizer in optimizers:
+                if (rank, self.steps) not in skipped:
+                    optimizer.step()
+        if self.steps == self.warmup_steps:
+            self.algorithm.start(self.x)
+        elif self._at_boundary():
+            self._assign(self.algorithm.boundary(self.x))
+        return self.x
+
+    def finish(self) -> Tensor:
+        """Everybody on the consensus, where the algorithm starts anew."""
+        consensus = self.consensus
+        self._assign([consensus for _ in self.models])
+        if self.steps >= self.warmup_steps:
+            self.started_at = self.steps
+            self.algorithm.start(self.x)
+        return consensus
+
+    def _at_boundary(self) -> bool:
+        since = self.steps - self.started_at
+        return self.algorithm.tau is not None and since > 0 and since % self.algorithm.tau == 0
+
+    def _assign(self, x: Sequence[Tensor]) -> None:
+        for model, xi in zip(self.models, x, strict=True):
+            write(xi, _trained(model))
+
+    def _average_gradients(self) -> None:
+        """The mean over workers; one without a gradient adds zero, unless nobody has any."""
+        for same in zip(*(_trained(model) for model in self.models), strict=True):
+            if any(p.grad is not None for p in same):
+                average = mean([torch.zeros_like(p) if p.grad is None else p.grad for p in same])
+                for p in same:
+                    p.grad = average.clone()
+
+
+def _trained(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -1,0 +1,1 @@
+"""Long runs of everything at once, and random sequences of calls."""

@@ -1,0 +1,188 @@
+"""Pins that a registration that cannot work is refused at once, saying what to do instead."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Optimizer
+
+import commhooks
+from tests.harness import rank_outcomes, run_ranks
+from tests.workload import gradient, ragged_model
+
+Misuse = Callable[[], object]
+
+
+def a_model() -> DistributedDataParallel:
+    return DistributedDataParallel(ragged_model())
+
+
+def an_optimizer(model: nn.Module) -> Optimizer:
+    return SGD(model.parameters(), lr=0.1)
+
+
+def not_ddp() -> None:
+    module = ragged_model()
+    commhooks.LocalSGD(tau=2).register(module, an_optimizer(module))
+
+
+def not_even_a_module() -> None:
+    model = a_model()
+    commhooks.LocalSGD(tau=2).register("model", an_optimizer(model))  # type: ignore[arg-type]
+
+
+def no_optimizer() -> None:
+    commhooks.LocalSGD(tau=2).register(a_model())
+
+
+def not_an_optimizer() -> None:
+    model = a_model()
+    commhooks.LocalSGD(tau=2).register(model, model.parameters())
+
+
+def a_scaler_for_an_optimizer() -> None:
+    model = a_model()
+    commhooks.LocalSGD(tau=2).register(model, an_optimizer(model), torch.amp.GradScaler("cpu"))
+
+
+def not_a_scaler() -> None:
+    model = a_model()
+    commhooks.LocalSGD(tau=2).register(model, an_optimizer(model), scaler=1024.0)  # type: ignore[arg-type]
+
+
+def a_foreign_optimizer() -> None:
+    commhooks.LocalSGD(tau=2).register(a_model(), an_optimizer(ragged_model()))
+
+
+def one_foreign_optimizer_of_two() -> None:
+    model = a_model()
+    commhooks.LocalSGD(tau=2).register(model, an_optimizer(model), an_optimizer(ragged_model()))
+
+
+class NeverInitialised(Optimizer):
+    """Like torch's own PostLocalSGDOptimizer: an Optimizer that fires no hooks."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner
+        self.param_groups = inner.param_groups
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        self.inner.step()
+
+
+def an_optimizer_without_hooks() -> None:
+    model = a_model()
+    commhooks.LocalSGD(tau=2).register(model, NeverInitialised(an_optimizer(model)))
+
+
+def the_same_state_twice() -> None:
+    state = commhooks.LocalSGD(tau=2)
+    model = a_model()
+    state.register(model, an_optimizer(model))
+    state.register(model, an_optimizer(model))
+
+
+def the_same_state_for_another_model() -> None:
+    state = commhooks.LocalSGD(tau=2)
+    for model in (a_model(), a_model()):
+        state.register(model, an_optimizer(model))
+
+
+def a_second_state_for_one_model() -> None:
+    model = a_model()
+    for state in (commhooks.LocalSGD(tau=2), commhooks.EASGD(tau=2)):
+        state.register(model, an_optimizer(model))
+
+
+def after_the_bare_form() -> None:
+    model, state = a_model(), commhooks.LocalSGD(tau=2)
+    model.register_comm_hook(state, commhooks.comm_hook)
+    state.register(model, an_optimizer(model))
+
+
+def the_same_state_bare_on_two_models() -> None:
+    state = commhooks.LocalSGD(tau=2)
+    for _ in range(2):
+        model = a_model()
+        model.register_comm_hook(state, commhooks.comm_hook)
+        gradient(model, dist.get_rank(), 1)
+
+
+def sparse_gradients() -> None:
+    model = DistributedDataParallel(nn.Embedding(10, 3, sparse=True))
+    commhooks.LocalSGD(tau=2).register(model, an_optimizer(model))
+
+
+def sparse_gradients_in_the_bare_form() -> None:
+    model = DistributedDataParallel(nn.Embedding(10, 3, sparse=True))
+    model.register_comm_hook(commhooks.LocalSGD(tau=2), commhooks.comm_hook)
+    torch.autograd.backward(model(torch.tensor([1, 2])).sum())
+
+
+def another_group_than_the_models() -> None:
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    model = DistributedDataParallel(ragged_model(), process_group=alone)
+    commhooks.LocalSGD(tau=2, process_group=dist.group.WORLD).register(model, an_optimizer(model))
+
+
+REFUSALS: list[tuple[Misuse, str]] = [
+    (not_ddp, "wrap.*DistributedDataParallel"),
+    (not_even_a_module, "DistributedDataParallel"),
+    (no_optimizer, r"state\.register\(ddp_model, optimizer\)"),
+    (not_an_optimizer, r"torch\.optim\.Optimizer"),
+    (a_scaler_for_an_optimizer, "scaler=scaler"),
+    (not_a_scaler, r"torch\.amp\.GradScaler"),
+    (a_foreign_optimizer, r"build it from ddp_model\.parameters\(\)"),
+    (one_foreign_optimizer_of_two, r"build it from ddp_model\.parameters\(\)"),
+    (an_optimizer_without_hooks, "pass the optimizer it wraps"),
+    (the_same_state_twice, "build one state for every"),
+    (the_same_state_for_another_model, "build one state for every"),
+    (a_second_state_for_one_model, "already"),
+    (after_the_bare_form, "already"),
+    (the_same_state_bare_on_two_models, "build one state for every"),
+    (sparse_gradients, "sparse=False"),
+    (sparse_gradients_in_the_bare_form, "sparse=False"),
+    (another_group_than_the_models, r"process_group=ddp_model\.process_group"),
+]
+
+
+@pytest.mark.parametrize(
+    ("misuse", "message"), REFUSALS, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_a_misuse_is_refused_on_every_rank(misuse: Misuse, message: str) -> None:
+    for outcome in rank_outcomes(misuse, 2, group_timeout=600.0):
+        with pytest.raises(commhooks.RegistrationError, match=message):
+            raise outcome.error or AssertionError("nothing was raised")
+
+
+def without_a_group() -> None:
+    commhooks.LocalSGD(tau=2).register(ragged_model(), an_optimizer(ragged_model()))
+
+
+def test_no_process_group() -> None:
+    (outcome,) = rank_outcomes(without_a_group, 1, initialise=False)
+    with pytest.raises(commhooks.RegistrationError, match="init_process_group"):
+        raise outcome.error or AssertionError("nothing was raised")
+
+
+def trains_after_a_refusal() -> list[float]:
+    """A refused registration has changed nothing: the same model and state register afterwards."""
+    model, state = a_model(), commhooks.LocalSGD(tau=1)
+    optimizer = an_optimizer(model)
+    before = copy.deepcopy(list(model.parameters()))
+    with pytest.raises(commhooks.RegistrationError):
+        state.register(model, an_optimizer(ragged_model()))
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    state.register(model, optimizer)
+    gradient(model, dist.get_rank(), 1)
+    optimizer.step()
+    return [p.sum().item() for p in model.parameters()]
+
+
+def test_a_refused_registration_changes_nothing() -> None:
+    first, second = run_ranks(trains_after_a_refusal, 2)
+    assert first == second

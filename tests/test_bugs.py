@@ -1,0 +1,35 @@
+"""Pins bugs that were found once; each test names the mechanism."""
+
+import gc
+
+from tests.cases import Case
+from tests.harness import run_ranks
+from tests.training import Trainer
+from tests.workload import gradient, nesterov_sgd, ragged_model
+
+
+def step_after_a_bare_state_is_gone(steps: int) -> bool:
+    trainer = Trainer(Case("LocalSGD", {"tau": 2}), form="hook")
+    for _ in range(steps):
+        trainer.step()
+    del trainer
+    gc.collect()
+    model = ragged_model()
+    (optimizer,) = nesterov_sgd(model)
+    for step in range(1, 3):
+        gradient(model, 0, step)
+        optimizer.step()
+    return True
+
+
+def test_a_dropped_bare_state_leaves_other_optimizers_alone() -> None:
+    """Global optimizer hooks that removed themselves while torch was iterating over them."""
+    assert run_ranks(step_after_a_bare_state_is_gone, 2, 4) == [True, True]
+
+
+def test_a_bare_state_dropped_after_one_step_leaves_no_group_behind() -> None:
+    """A global forward hook that waited for the model's second forward kept the state alive.
+
+    The harness looks for its threads and sockets.
+    """
+    assert run_ranks(step_after_a_bare_state_is_gone, 2, 1) == [True, True]
