@@ -1,0 +1,300 @@
+"""How much of a step's time communication takes, under every alternative, side by side.
+
+Trains the same model with each of them over links of a chosen speed on this one machine, and shows
+step times as multiples of not communicating at all. Then measures what the library itself costs:
+a step, a boundary, memory, and draws the profile of two rounds. Takes about twelve minutes; with
+--quick about one.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+import tyro
+import wandb
+from rich.console import Console
+
+from benchmark.contenders import skipped
+from benchmark.markdown import markdown
+from benchmark.picture import draw
+from benchmark.results import Cell, Line, lines, medians
+from benchmark.tables import boundary_table, overhead_table, race_table
+from benchmark.timeline import draw_timeline
+from network import sandbox
+
+RECIPES = Path(__file__).resolve().parent
+_STOP_S = 30.0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured, and how thoroughly."""
+
+    cells: Annotated[tuple[str, ...], tyro.conf.arg(metavar="CELL [CELL ...]")] = (
+        "2x200mbit",
+        "2x1gbit",
+        "2x50mbit",
+        "2xunshaped",
+        "4x200mbit",
+        "2x200mbit:resnet18",
+    )
+    """Networks, as RANKSxRATE, and :resnet18 for that load in place of the pretend accelerator."""
+    tau: int = 8
+    """Steps between two averagings."""
+    step_ms: float = 300.0
+    """Time of a step on the pretend accelerator."""
+    repeats: int = 1
+    """How often every contender has its turn in each cell."""
+    only: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint="")
+    ] = ()
+    """Measure contenders with one of these in their name alone."""
+    record: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """File to write the medians to against which commhooks.plan is tested."""
+    docs: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="")] = None
+    """Folder to write the tables to as Markdown, and the picture."""
+    micro: bool = True
+    """Measure the library's own cost too, and profile it."""
+    quick: tyro.conf.FlagCreatePairsOff[bool] = False
+    """A small form of everything, to see whether it works; its figures mean little."""
+    output_dir: Path = Path("runs/bench")
+    """Every benchmark makes a folder of its own in this one."""
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    """Where W&B keeps the results."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is."""
+
+    size: float = 1.0
+    step_seconds: float = 0.3
+    windows: int = 2
+    overhead_steps: int = 300
+    boundary_blocks: tuple[int, ...] = (20, 226)
+    boundary_rounds: int = 7
+    traced_tau: int = 4
+
+
+class Measurer:
+    """Runs tasks on ranks joined by a network, and keeps what they found.
+
+    Args:
+        folder: where the records go.
+        shaped: whether the network can be shaped here.
+    """
+
+    def __init__(self, folder: Path, *, shaped: bool) -> None:
+        self._shaped = shaped
+        self._records = folder / "records.jsonl"
+        folder.mkdir(parents=True)
+
+    def measure(
+        self, ranks: int, rate: str, kind: str, fields: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """The records of one task.
+
+        Raises:
+            subprocess.CalledProcessError: a rank failed; it has said why.
+        """
+        partial = self._records.with_name("partial.jsonl")
+        partial.write_text("")
+        task = json.dumps({"kind": kind, "fields": fields})
+        worker = [sys.executable, "-m", "benchmark.worker", task, str(partial.resolve())]
+        link = [sys.executable, str(RECIPES / "link.py"), "--ranks", str(ranks), "--rate", rate]
+        search = os.pathsep.join(filter(None, [str(RECIPES), os.environ.get("PYTHONPATH")]))
+        command = [*link, "--", *worker]
+        _run(command, {**os.environ, "PYTHONPATH": search})
+        records = [json.loads(line) for line in partial.read_text().splitlines()]
+        partial.unlink()
+        with self._records.open("a") as lines:
+            for record in records:
+                where = {"measurement": kind, "ranks": ranks, "rate": rate}
+                lines.write(json.dumps({**where, **record}) + "\n")
+        return records
+
+    @property
+    def shaped(self) -> bool:
+        """Whether rates hold and bytes are counted."""
+        return self._shaped
+
+
+def parse_cells(texts: Sequence[str], *, shaped: bool) -> list[Cell]:
+    """The cells; without a shaped network those that then are the same are one."""
+    cells = []
+    for text in texts:
+        network, _, load = text.partition(":")
+        ranks, times, rate = network.partition("x")
+        if not (times and ranks.isdigit() and rate and load in ("", "pretend", "resnet18")):
+            raise SystemExit(f"error: {text!r} is no cell; write 2x200mbit or 2x200mbit:resnet18")
+        cells.append(Cell(int(ranks), rate if shaped else "unshaped", load or "pretend"))
+    return list(dict.fromkeys(cells))
+
+
+def run_races(
+    bench: Bench, scale: Scale, measurer: Measurer, console: Console
+) -> dict[Cell, list[Line]]:
+    """Every cell's results, shown as they come."""
+    results = {}
+    for cell in parse_cells(bench.cells, shaped=measurer.shaped):
+        console.print(f"measuring {cell.title} ...", style="dim")
+        fields = {
+            "load": cell.load,
+            "step_seconds": scale.step_seconds,
+            "size": scale.size,
+            "tau": bench.tau,
+            "repeats": bench.repeats,
+            "windows": scale.windows,
+            "counted": measurer.shaped,
+            "only": bench.only,
+        }
+        samples = measurer.measure(cell.ranks, cell.rate, "race", fields)
+        results[cell] = lines(samples, bench.tau)
+        console.print(race_table(cell, results[cell], bench.tau))
+    return results
+
+
+def run_micro(scale: Scale, measurer: Measurer, console: Console) -> dict[str, Any]:
+    """What the library itself costs."""
+    console.print("measuring a step and a boundary ...", style="dim")
+    fields: dict[str, Any] = {"steps": scale.overhead_steps}
+    overheads = measurer.measure(2, "unshaped", "overheads", fields)
+    console.print(overhead_table(overheads))
+    boundaries = []
+    for blocks in scale.boundary_blocks:
+        fields = {"blocks": blocks, "rounds": scale.boundary_rounds}
+        boundaries += measurer.measure(2, "unshaped", "boundaries", fields)
+    console.print(boundary_table(boundaries))
+    return {"overheads": overheads, "boundaries": boundaries}
+
+
+def run_trace(scale: Scale, measurer: Measurer, folder: Path, console: Console) -> None:
+    """A profile of two rounds over a slow link: a picture, and the file it is drawn from."""
+    console.print("profiling two rounds ...", style="dim")
+    fields: dict[str, Any] = {
+        "step_seconds": scale.step_seconds,
+        "size": scale.size / 2,
+        "tau": scale.traced_tau,
+        "chrome": str((folder / "trace.json").resolve()),
+    }
+    rate = "200mbit" if measurer.shaped else "unshaped"
+    spans = measurer.measure(2, rate, "trace", fields)
+    draw_timeline(spans, folder / "trace.png")
+
+
+def log_to_wandb(
+    bench: Bench, results: Mapping[Cell, Sequence[Line]], picture: Path, folder: Path
+) -> None:
+    """The same to W&B: a table, the picture, and every multiple in the summary."""
+    run = wandb.init(
+        project="commhooks",
+        name=f"bench {folder.name}",
+        group="bench",
+        job_type="benchmark",
+        tags=["bench", *(["quick"] if bench.quick else [])],
+        config={**asdict(bench), "output_dir": None, "record": None, "docs": None},
+        dir=str(folder),
+        mode=bench.wandb,
+        settings=wandb.Settings(quiet=True, silent=bench.wandb != "online"),
+    )
+    columns: list[str | int] = [
+        "cell",
+        "contender",
+        "kind",
+        "multiple",
+        "min",
+        "max",
+        "sent_per_step",
+        "peak",
+    ]
+    table = wandb.Table(columns=columns)
+    for cell, found in results.items():
+        for line in found:
+            numbers = [*line.multiple, line.sent_per_step, line.peak]
+            table.add_data(cell.title, line.contender, line.kind, *numbers)
+            run.summary[f"multiple/{cell.title}/{line.contender}"] = line.multiple[0]
+    run.log({"results": table, "picture": wandb.Image(str(picture))})
+    run.finish()
+
+
+def main() -> int:
+    """Measure, show, keep."""
+    bench = tyro.cli(Bench, description=__doc__)
+    console = Console(highlight=False)
+    # Narrower, and the tables would drop their figures.
+    console.width = max(console.width, 112)
+    scale = Scale(step_seconds=bench.step_ms / 1e3)
+    if bench.quick:
+        scale = Scale(0.05, 0.01, 1, 20, (2,), 2)
+        default = bench.cells == Bench().cells
+        cells = ("2x200mbit", "4xunshaped") if default else bench.cells
+        bench = Bench(**{**vars(bench), "cells": cells, "tau": min(bench.tau, 4)})
+    refusal = sandbox.refusal()
+    if refusal is not None:
+        console.print(f"No shaped network on this machine ({refusal}): all links are unshaped.")
+    for name, reason in skipped().items():
+        console.print(f"left out: {name}: {reason}", style="dim", soft_wrap=True)
+    folder = bench.output_dir / time.strftime("%Y%m%d-%H%M%S")
+    measurer = Measurer(folder, shaped=refusal is None)
+    started = time.monotonic()
+    try:
+        results = run_races(bench, scale, measurer, console)
+        micro = run_micro(scale, measurer, console) if bench.micro else {}
+        if bench.micro:
+            run_trace(scale, measurer, folder, console)
+    except subprocess.CalledProcessError as error:
+        console.print(f"[bold red]a measurement failed with status {error.returncode}[/bold red]")
+        return 1
+    if bench.record is not None:
+        bench.record.write_text(json.dumps(medians(results, bench.tau), indent=1) + "\n")
+    draw(results, bench.tau, folder / "bench.png")
+    if bench.docs is not None:
+        bench.docs.mkdir(parents=True, exist_ok=True)
+        command = " ".join(["python recipes/bench.py", *sys.argv[1:]])
+        page = markdown(results, micro, command=command, tau=bench.tau)
+        (bench.docs / "tables.inc").write_text(page)
+        for picture in folder.glob("*.png"):
+            shutil.copy(picture, bench.docs)
+    if bench.wandb != "disabled":
+        log_to_wandb(bench, results, folder / "bench.png", folder)
+    minutes = (time.monotonic() - started) / 60
+    console.print(f"{minutes:.1f} minutes; records, picture and W&B run lie in {folder}")
+    return 0
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        _, errors = process.communicate()
+    except BaseException:
+        # The link cleans up after itself.
+        process.terminate()
+        process.wait(_STOP_S)
+        raise
+    if process.returncode:
+        sys.stderr.write(errors)
+        raise subprocess.CalledProcessError(process.returncode, command)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    # An exception, so that the ranks are ended too.
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,262 @@
+"""All contenders on the same work in the same processes, one after the other, again and again."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Optimizer
+
+from benchmark.contenders import ALONE, BASELINE, Attached, Contender
+from benchmark.loads import Load, LoadName, Pretend, build_load
+from benchmark.memory import peak_bytes, release, reset_peak
+from network.switch import sent_bytes
+
+__all__ = ["Race", "Sample", "race"]
+
+# PowerSGD compresses from its third step; DDP has rebuilt its buckets by then.
+_WARMUP_STEPS = 3
+_BASELINE_EVERY = 4
+_ONE_BUCKET_MB = 100_000
+# What our states cut the model into.
+_BUCKET_NUMEL = 25 * 2**20 // 4
+
+
+@dataclass(frozen=True)
+class Race:
+    """How the contenders are measured.
+
+    Attributes:
+        load: what is trained.
+        step_seconds: a step's time on the pretend accelerator.
+        size: scales the pretend accelerator's parameters.
+        tau: steps between averagings.
+        repeats: how often every contender has its turn.
+        windows: rounds timed at each turn of an overlapped contender.
+        counted: whether the interface has a counter.
+        only: parts of contenders' names; empty for all.
+    """
+
+    load: LoadName
+    step_seconds: float
+    size: float
+    tau: int
+    repeats: int
+    windows: int
+    counted: bool
+    only: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One stretch of steps of one contender, as the slowest rank saw it.
+
+    Attributes:
+        contender: its name.
+        kind: when it communicates.
+        repeat: which turn it was.
+        steps: how many.
+        seconds: how long they took.
+        exposed: seconds its training thread waited for one synchronisation, as our states count;
+            None for others.
+        hidden: seconds a synchronisation went on unnoticed, likewise.
+        sent: bytes that left a rank for one synchronisation, mean over ranks; None if not counted.
+        peak: the most memory the turn took, over all it began with, largest of the ranks, in bytes.
+        parameters: of the model, in bytes.
+    """
+
+    contender: str
+    kind: str
+    repeat: int
+    steps: int
+    seconds: float
+    exposed: float | None
+    hidden: float | None
+    sent: float | None
+    peak: int
+    parameters: int
+
+
+def race(plan: Race, contenders: list[Contender]) -> Iterator[dict[str, Any]]:
+    """Measure; yields samples as plain values, on every rank the same."""
+    baseline = next(contender for contender in contenders if contender.name == BASELINE)
+    chosen = [contender for contender in contenders if _chosen(contender, plan.only)]
+    # The first steps of a process find cold caches and memory that it does not have yet.
+    _turn(plan, baseline, 0)
+    for repeat in range(plan.repeats):
+        yield from (asdict(sample) for sample in _alone(plan, repeat))
+        for number, contender in enumerate(chosen):
+            # Often enough that no stretch of the machine's is compared with another one's.
+            turns = [contender] if number % _BASELINE_EVERY else [baseline, contender]
+            for turn in turns:
+                yield from (asdict(sample) for sample in _turn(plan, turn, repeat))
+
+
+def _chosen(contender: Contender, only: tuple[str, ...]) -> bool:
+    if contender.name == BASELINE:
+        return False
+    return not only or any(part in contender.name for part in only)
+
+
+def _turn(plan: Race, contender: Contender, repeat: int) -> list[Sample]:
+    release()
+    resident = reset_peak()
+    torch.manual_seed(0)
+    load = build_load(plan.load, plan.step_seconds, plan.size)
+    # Nobody needs the first broadcast, since all ranks build the same model. And buffers are
+    # broadcast by none, for else the baseline would communicate.
+    model = DistributedDataParallel(
+        load.model,
+        init_sync=False,
+        forward_sync_buffers=False,
+        bucket_cap_mb=_ONE_BUCKET_MB if contender.one_bucket else None,
+    )
+    optimizer = SGD(model.parameters(), lr=1e-3)
+    with ExitStack() as stack:
+        attached = contender.attach(model, optimizer, plan.tau, stack)
+        turn = _Turn(plan, contender, load, model, optimizer, attached)
+        turn.warm_up()
+        times = turn.windows()
+        sent = turn.sent_per_synchronisation()
+        stats = attached.state.stats if attached.state is not None else None
+        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+        mine = {"times": times, "sent": sent, "peak": peak_bytes() - resident}
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, mine)
+    # What is in flight at the end has been neither waited for nor used.
+    unused = 1 if contender.kind == "overlapped" else 0
+    rounds = 1
+    if stats:
+        rounds = stats.step if contender.kind == "step" else stats.rounds_launched - unused
+    return [
+        Sample(
+            contender=contender.name,
+            kind=contender.kind,
+            repeat=repeat,
+            steps=turn.steps_per_window,
+            seconds=max(rank["times"][window] for rank in ranks),
+            exposed=stats.seconds_exposed / rounds if stats else None,
+            hidden=stats.seconds_hidden / rounds if stats else None,
+            sent=None if sent is None else sum(rank["sent"] for rank in ranks) / len(ranks),
+            peak=max(rank["peak"] for rank in ranks),
+            parameters=parameters,
+        )
+        for window in range(len(times))
+    ]
+
+
+def _alone(plan: Race, repeat: int) -> Iterator[Sample]:
+    """The model's all-reduce with nothing beside it, spread over tau steps."""
+    model = build_load(plan.load, plan.step_seconds, plan.size).model
+    flat = torch.zeros(sum(p.numel() for p in model.parameters()))
+    for _ in range(plan.windows):
+        dist.barrier()
+        before = sent_bytes() if plan.counted else 0
+        start = time.perf_counter()
+        for work in [dist.all_reduce(b, async_op=True) for b in torch.split(flat, _BUCKET_NUMEL)]:
+            work.wait()
+        mine = (
+            time.perf_counter() - start,
+            sent_bytes() - before if plan.counted else None,
+        )
+        ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, mine)
+        sent = [bytes_ for _, bytes_ in ranks]
+        yield Sample(
+            contender=ALONE,
+            kind="alone",
+            repeat=repeat,
+            steps=plan.tau,
+            seconds=max(seconds for seconds, _ in ranks),
+            exposed=None,
+            hidden=None,
+            sent=sum(sent) / len(sent) if plan.counted else None,
+            peak=0,
+            parameters=flat.numel() * flat.element_size(),
+        )
+
+
+class _Turn:
+    """One contender's turn on this rank."""
+
+    def __init__(
+        self,
+        plan: Race,
+        contender: Contender,
+        load: Load,
+        model: DistributedDataParallel,
+        optimizer: Optimizer,
+        attached: Attached,
+    ) -> None:
+        self._plan, self._kind = plan, contender.kind
+        self._load, self._model = load, model
+        self._optimizer, self._attached = optimizer, attached
+        per_step = contender.kind == "step"
+        self.steps_per_window = 1 if per_step else plan.tau
+        self._windows = 3 if per_step else 1 if contender.kind == "blocking" else plan.windows
+        self._before = 0
+        self._after = 0
+        self._at_first = self._count()
+
+    def warm_up(self) -> None:
+        """Until the contender's pace is its usual one; a blocking one's needs no compute."""
+        steps = _WARMUP_STEPS
+        if self._kind == "overlapped":
+            # Ends right after a boundary, with a round in flight, and so does every window.
+            steps = self._plan.tau
+        elif isinstance(self._load.model, Pretend):
+            self._load.model.computing(False)
+        for _ in range(steps):
+            self._step()
+        if isinstance(self._load.model, Pretend):
+            self._load.model.computing(True)
+        if self._kind != "overlapped":
+            # With a round in flight a barrier would only queue behind it.
+            dist.barrier()
+        self._before = self._count()
+
+    def windows(self) -> list[float]:
+        """Seconds of each stretch."""
+        times = []
+        for _ in range(self._windows):
+            start = time.perf_counter()
+            for _ in range(self.steps_per_window):
+                self._step()
+            times.append(time.perf_counter() - start)
+        if self._kind == "overlapped":
+            self._land()
+        self._after = self._count()
+        return times
+
+    def sent_per_synchronisation(self) -> float | None:
+        """Bytes this rank put on the wire for one all-reduce of the model or of the gradients."""
+        if not self._plan.counted:
+            return None
+        state = self._attached.state
+        if state is not None and self._kind == "overlapped":
+            # A round is in flight at the start already, so count from before the first.
+            return (self._after - self._at_first) / state.stats.rounds_launched
+        return (self._after - self._before) / self._windows
+
+    def _land(self) -> None:
+        """Let the last round arrive, so that its bytes are counted."""
+        state = self._attached.state
+        if state is None:
+            # torchft's last round has been used; the window ends with nothing in flight.
+            return
+        while state.stats.rounds_completed < state.stats.rounds_launched:
+            time.sleep(0.01)
+
+    def _count(self) -> int:
+        return sent_bytes() if self._plan.counted else 0
+
+    def _step(self) -> None:
+        self._load.loss(self._model(self._load.batch)).backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        # Before zero_grad, since torch's averager takes no parameter that has no gradient.
+        self._attached.after_step()
+        self._optimizer.zero_grad()

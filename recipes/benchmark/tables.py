@@ -1,0 +1,110 @@
+"""The benchmark's results in the terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from benchmark.results import Cell, Line
+
+__all__ = ["boundary_table", "overhead_table", "race_table"]
+
+
+def race_table(cell: Cell, lines: Sequence[Line], tau: int) -> Table:
+    """All contenders of a cell."""
+    table = _table(f"{cell.title}, tau={tau}")
+    table.add_column("", no_wrap=True)
+    for heading in (
+        "x no\ncomm.",
+        "min",
+        "max",
+        "ms/step\nabove",
+        "s\nexposed",
+        "s\nhidden",
+        "MB/step\nsent",
+        "peak\nmemory",
+        "n",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for line in lines:
+        median, least, most = line.multiple
+        table.add_row(
+            line.contender,
+            f"{median:.3f}",
+            f"{least:.3f}",
+            f"{most:.3f}",
+            f"{line.above * 1e3:.1f}",
+            _number(line.exposed),
+            _number(line.hidden),
+            _number(line.sent_per_step, 1e6),
+            f"{line.peak:.1f}",
+            str(line.samples),
+        )
+    table.caption = (
+        "x no comm.: step time in units of no communication, median of n; exposed, hidden: of one "
+        "synchronisation, as commhooks counts; sent: by each rank, headers included; peak memory: "
+        "model, gradients and all, in units of the parameters"
+    )
+    return table
+
+
+def overhead_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """A step that is no boundary."""
+    table = _table("A step that is no boundary")
+    table.add_column("DDP's buckets", justify="right")
+    table.add_column("identity hook (µs)", justify="right")
+    table.add_column("commhooks, more (µs)", justify="right")
+    for record in records:
+        table.add_row(
+            str(record["buckets"]),
+            f"{record['identity_us']:,.0f}",
+            f"{record['difference_us']:+,.0f}",
+        )
+    return table
+
+
+def boundary_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """A boundary, and what the state keeps."""
+    table = _table("A boundary, waiting left out")
+    table.add_column("", no_wrap=True)
+    for heading in (
+        "M para-\nmeters",
+        "ms a\ncopy",
+        "boundary\n(copies)",
+        "min",
+        "max",
+        "memory kept\n(models)",
+        "kB more after\nround 1",
+        "passing\n(models)",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for record in records:
+        median, least, most = record["copies"]
+        table.add_row(
+            record["algorithm"],
+            f"{record['parameters'] / 1e6:.1f}",
+            f"{record['copy_ms']:.1f}",
+            f"{median:.2f}",
+            f"{least:.2f}",
+            f"{most:.2f}",
+            f"{record['extra']:.2f}",
+            f"{record['grown'] / 1e3:.0f}",
+            f"{record['transient']:.2f}",
+        )
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+
+
+def _number(value: float | None, unit: float = 1.0) -> str:
+    return "-" if value is None else f"{value / unit:.2f}"

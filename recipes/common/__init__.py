@@ -1,0 +1,1 @@
+"""What the recipes share: data, partitions, models, options, tracking, launching, reports."""

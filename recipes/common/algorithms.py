@@ -1,0 +1,136 @@
+"""The library's algorithms under the names that the recipes' options use."""
+
+import inspect
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+import commhooks
+from commhooks import CommHookState
+from common.errors import RecipeError
+
+__all__ = ["AlgorithmName", "AlgorithmOptions", "build_state", "hyper_parameters", "signature"]
+
+AlgorithmName = Literal[
+    "ddp", "all-reduce", "local-sgd", "overlap-local-sgd", "easgd", "cocod-sgd", "bmuf"
+]
+
+_STATES: dict[AlgorithmName, type[CommHookState]] = {
+    "all-reduce": commhooks.AllReduce,
+    "local-sgd": commhooks.LocalSGD,
+    "overlap-local-sgd": commhooks.OverlapLocalSGD,
+    "easgd": commhooks.EASGD,
+    "cocod-sgd": commhooks.CoCoDSGD,
+    "bmuf": commhooks.BMUF,
+}
+# The library leaves tau to its user, since it depends on the network; so must a recipe's default.
+_DEFAULT_TAU = 8
+# Values that a run's name need not mention.
+_SILENT = (("warmup_steps", 0), ("nesterov", False))
+
+_hint = tyro.conf.arg
+
+
+@dataclass(frozen=True)
+class AlgorithmOptions:
+    """How the workers agree on one model. An option the algorithm does not have is an error."""
+
+    algorithm: AlgorithmName = "overlap-local-sgd"
+    """ddp is PyTorch alone, without a hook; all-reduce is the same mathematics through the library,
+    which then also measures its communication."""
+    tau: Annotated[int | None, _hint(metavar="STEPS", help_behavior_hint="(default: 8)")] = None
+    """Steps between two averagings of the parameters."""
+    alpha: Annotated[
+        float | None,
+        _hint(metavar="FLOAT", help_behavior_hint="(default: 0.6; easgd: 0.9/workers)"),
+    ] = None
+    """overlap-local-sgd, easgd: how strongly a worker is drawn to the anchor."""
+    beta: Annotated[float | None, _hint(metavar="FLOAT", help_behavior_hint="(default: 0)")] = None
+    """overlap-local-sgd: momentum of the anchor."""
+    eta: Annotated[
+        float | None, _hint(metavar="FLOAT", help_behavior_hint="(default: 1-1/workers)")
+    ] = None
+    """bmuf: block momentum."""
+    zeta: Annotated[float | None, _hint(metavar="FLOAT", help_behavior_hint="(default: 1)")] = None
+    """bmuf: block learning rate."""
+    nesterov: tyro.conf.FlagCreatePairsOff[bool] = False
+    """bmuf: Nesterov block momentum."""
+    warmup_steps: Annotated[
+        int | None, _hint(metavar="STEPS", help_behavior_hint="(default: 0)")
+    ] = None
+    """Steps at the start during which gradients are averaged, as plain DDP does."""
+    bucket_cap_mb: Annotated[
+        float | None, _hint(metavar="MB", help_behavior_hint="(default: 25)")
+    ] = None
+    """Largest message of a parameter averaging."""
+
+    def given(self) -> dict[str, Any]:
+        """The hyper-parameters set on the command line."""
+        options = asdict(self)
+        del options["algorithm"]
+        # Not `in (None, False)`: 0 equals False, and is something to refuse.
+        return {
+            name: value
+            for name, value in options.items()
+            if value is not None and value is not False
+        }
+
+
+def hyper_parameters(options: AlgorithmOptions) -> dict[str, Any]:
+    """All hyper-parameters of the chosen algorithm, the library's defaults filled in.
+
+    Raises:
+        RecipeError: an option was given that the algorithm does not have.
+    """
+    defaults = _defaults(options.algorithm)
+    given = options.given()
+    foreign = [_flag(name) for name in given if name not in defaults]
+    if foreign:
+        own = ", ".join(_flag(name) for name in defaults) or "none"
+        raise RecipeError(
+            f"{', '.join(foreign)}: not an option of {options.algorithm}; its own are: {own}"
+        )
+    return {**defaults, **given}
+
+
+def signature(options: AlgorithmOptions) -> str:
+    """Algorithm and hyper-parameters in one line, for names."""
+    words = [
+        f"{name.removesuffix('_steps')}={value}"
+        for name, value in hyper_parameters(options).items()
+        if value is not None and name != "bucket_cap_mb" and (name, value) not in _SILENT
+    ]
+    return " ".join([options.algorithm, *words])
+
+
+def build_state(options: AlgorithmOptions) -> CommHookState | None:
+    """The state to register, or None for plain DDP.
+
+    Raises:
+        RecipeError: an option was given that the algorithm does not have.
+        HyperParameterError: an option has a value outside its range.
+    """
+    arguments = hyper_parameters(options)
+    if options.algorithm == "ddp":
+        return None
+    return _STATES[options.algorithm](**arguments)
+
+
+def _defaults(name: AlgorithmName) -> dict[str, Any]:
+    """The algorithm's hyper-parameters and their defaults, as its constructor has them."""
+    # All-reduce takes what every state takes, but nothing of it has an effect there.
+    if name in ("ddp", "all-reduce"):
+        return {}
+    own = inspect.signature(_STATES[name]).parameters.values()
+    common = inspect.signature(CommHookState).parameters.values()
+    defaults = {
+        parameter.name: parameter.default
+        for parameter in (*own, *common)
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD and parameter.name != "process_group"
+    }
+    return {**defaults, "tau": _DEFAULT_TAU}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

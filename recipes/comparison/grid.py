@@ -1,0 +1,166 @@
+"""Grids: which runs a comparison is made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+from common.algorithms import AlgorithmName, AlgorithmOptions, hyper_parameters
+from common.errors import RecipeError
+from common.partitions import Scheme
+
+__all__ = ["GRIDS", "Cell", "Grid", "Method", "parse_method"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """An algorithm and those of its hyper-parameters that a grid fixes."""
+
+    algorithm: AlgorithmName
+    fixed: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """How tables and legends call it."""
+        return " ".join([self.algorithm, *(f"{name}={value}" for name, value in self.fixed)])
+
+    @property
+    def has_tau(self) -> bool:
+        """Whether there are steps between its averagings."""
+        return "tau" in hyper_parameters(AlgorithmOptions(self.algorithm))
+
+    def arguments(self) -> list[str]:
+        """Its part of a recipe's command line."""
+        words = ["--algorithm", self.algorithm]
+        for name, value in self.fixed:
+            words += [f"--{name.replace('_', '-')}", value]
+        return words
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is averaged over seeds; an algorithm that synchronises at every step has no tau."""
+
+    method: Method
+    tau: int | None
+    partition: Scheme
+
+    @property
+    def label(self) -> str:
+        """Its method, tau and partition in one line."""
+        tau = [] if self.tau is None else [f"tau={self.tau}"]
+        return " ".join([self.method.label, *tau, self.partition])
+
+    def arguments(self, seed: int) -> list[str]:
+        """Its part of the command line of the run with ``seed``."""
+        words = self.method.arguments()
+        if self.tau is not None:
+            words += ["--tau", str(self.tau)]
+        return [*words, "--partition", self.partition, "--seed", str(seed)]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every method with every tau on every partition with every seed.
+
+    ``options`` are further ones of the recipe, the same for all runs.
+    """
+
+    algorithms: tuple[str, ...]
+    tau: tuple[int, ...]
+    partitions: tuple[Scheme, ...]
+    seeds: tuple[int, ...]
+    workers: int
+    options: tuple[str, ...]
+
+    def with_changes(self, **changes: Any) -> "Grid":
+        """The grid with these fields replaced, where they are not None."""
+        return replace(self, **{name: v for name, v in changes.items() if v is not None})
+
+    def methods(self) -> list[Method]:
+        """The algorithms, read.
+
+        Raises:
+            RecipeError: one cannot be read, or there is none.
+        """
+        return list(dict.fromkeys(parse_method(text) for text in _some(self.algorithms)))
+
+    def cells(self) -> list[Cell]:
+        """All cells, in the order of tables; each once.
+
+        Raises:
+            RecipeError: there is nothing to run.
+        """
+        for values in (self.tau, self.partitions, self.seeds):
+            _some(values)
+        cells = [
+            Cell(method, tau if method.has_tau else None, partition)
+            for partition in self.partitions
+            for method in self.methods()
+            for tau in self.tau
+        ]
+        return list(dict.fromkeys(cells))
+
+    def runs(self) -> list[tuple[Cell, int]]:
+        """Cells and seeds, in the order of running: the first seed of everything comes first."""
+        cells = self.cells()
+        return [(cell, seed) for seed in dict.fromkeys(self.seeds) for cell in cells]
+
+
+def parse_method(text: str) -> Method:
+    """``overlap-local-sgd:alpha=0.6,beta=0.7`` as a method.
+
+    Raises:
+        RecipeError: it is written otherwise, or there is no such algorithm.
+    """
+    name, colon, rest = text.partition(":")
+    known: tuple[AlgorithmName, ...] = get_args(AlgorithmName)
+    algorithm = next((other for other in known if other == name), None)
+    if algorithm is None:
+        raise RecipeError(f"{name!r} is no algorithm; there are {', '.join(known)}")
+    fixed = []
+    for pair in rest.split(",") if colon else []:
+        key, equals, value = pair.partition("=")
+        if not (key and equals and value):
+            raise RecipeError(f"{text!r}: write hyper-parameters as {name}:alpha=0.6,beta=0.7")
+        if key == "tau":
+            raise RecipeError(f"{text!r}: tau is an axis of its own; use --tau")
+        fixed.append((key, value))
+    return Method(algorithm, tuple(fixed))
+
+
+def _some(values: Sequence[Any]) -> Sequence[Any]:
+    if not values:
+        raise RecipeError("a grid needs at least one algorithm, tau, partition and seed")
+    return values
+
+
+_SMALL = ("--model", "small-cnn", "--epochs", "10")
+
+GRIDS = {
+    # What `make compare` shows first: under a minute.
+    "short": Grid(
+        algorithms=("all-reduce", "local-sgd", "overlap-local-sgd:beta=0.7", "cocod-sgd"),
+        tau=(8,),
+        partitions=("iid",),
+        seeds=(0, 1, 2),
+        workers=2,
+        options=_SMALL,
+    ),
+    # The table of Wang, Liang & Joshi 2020, on what a laptop has.
+    "paper-small": Grid(
+        algorithms=(
+            "ddp",
+            "local-sgd",
+            "overlap-local-sgd:beta=0",
+            "overlap-local-sgd:beta=0.7",
+            "easgd",
+            "cocod-sgd",
+            "bmuf",
+        ),
+        tau=(1, 2, 8, 24),
+        partitions=("iid", "major-class"),
+        seeds=(0, 1, 2),
+        workers=4,
+        options=("--model", "small-cnn", "--epochs", "60"),
+    ),
+}

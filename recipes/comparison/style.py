@@ -1,0 +1,61 @@
+"""How algorithms look, the same in every picture, and apart without colour."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from comparison.grid import Method
+
+__all__ = ["FONT_SIZE", "Look", "looks"]
+
+# Points; pictures are made as wide as they are shown in print, one or two columns.
+FONT_SIZE = 8
+
+_Dashes = str | tuple[int, tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Look:
+    """One method's colour, dashes, marker and hatch."""
+
+    color: str
+    dashes: _Dashes
+    marker: str
+    hollow: bool
+
+    def line(self) -> dict[str, Any]:
+        """Keywords of a line with markers."""
+        return {
+            "color": self.color,
+            "linestyle": self.dashes,
+            "linewidth": 1.1,
+            "marker": self.marker,
+            "markersize": 3.5,
+            "markerfacecolor": "white" if self.hollow else self.color,
+            "markeredgewidth": 0.8,
+        }
+
+
+# Okabe and Ito's colours, which differ in lightness as well.
+_LOOKS: dict[str, tuple[str, _Dashes, str]] = {
+    "ddp": ("#000000", "-", "x"),
+    "all-reduce": ("#000000", "-", "x"),
+    "local-sgd": ("#E69F00", (0, (4, 1.5)), "s"),
+    "overlap-local-sgd": ("#0072B2", "-", "o"),
+    "easgd": ("#D55E00", (0, (5, 1, 1, 1)), "^"),
+    "cocod-sgd": ("#009E73", (0, (1, 1)), "D"),
+    "bmuf": ("#CC79A7", (0, (5, 1, 1, 1, 1, 1)), "v"),
+}
+_VARIANT_DASHES: tuple[_Dashes, ...] = ("-", (0, (2.5, 1)), (0, (1, 1.5)), (0, (6, 2)))
+
+
+def looks(methods: Iterable[Method]) -> dict[Method, Look]:
+    """A look for each method; a second one of the same algorithm has hollow markers, dashed."""
+    found: dict[Method, Look] = {}
+    for method in dict.fromkeys(methods):
+        color, dashes, marker = _LOOKS[method.algorithm]
+        variant = sum(other.algorithm == method.algorithm for other in found)
+        if variant:
+            dashes = _VARIANT_DASHES[variant % len(_VARIANT_DASHES)]
+        found[method] = Look(color, dashes, marker, hollow=variant % 2 == 1)
+    return found

@@ -1,0 +1,137 @@
+"""A grid's figures as tables: in the terminal, and as Markdown."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich import box
+from rich.table import Table
+
+from common.markdown import machine, markdown_table
+from comparison.results import CellResult
+
+__all__ = ["NOTE", "markdown", "terminal_tables"]
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A final result: how it is headed, scaled and rounded."""
+
+    name: str
+    heading: str
+    scale: float = 1.0
+    digits: int = 2
+    spread: bool = True
+
+    def text(self, result: CellResult) -> str:
+        """Mean and spread; "-" where nobody measured it."""
+        figure = result.figure(self.name)
+        if figure is None:
+            return "-"
+        if math.isnan(figure.mean):
+            return "diverged"
+        mean = f"{figure.mean * self.scale:,.{self.digits}f}"
+        if figure.deviation is None or not self.spread:
+            return mean
+        # Without blanks, at which a page would break it.
+        return f"{mean}±{figure.deviation * self.scale:.{self.digits}f}"
+
+
+# What says how good a model is; the first that a recipe measures counts.
+_QUALITIES = (
+    _Figure("accuracy", "test accuracy (%)", 100, 1),
+    _Figure("bits_per_byte", "bits per byte", 1, 3),
+    _Figure("loss", "test loss", 1, 3),
+)
+_OTHERS = (
+    _Figure("loss", "test loss", 1, 3),
+    _Figure("train_loss", "training loss", 1, 3),
+    _Figure("seconds", "training time (s)", 1, 1),
+    _Figure("seconds_exposed", "exposed (s)"),
+    _Figure("seconds_hidden", "hidden (s)"),
+    _Figure("megabytes_sent", "sent by each (MB)", 1, 1, spread=False),
+)
+NOTE = (
+    "Mean ± sample standard deviation over seeds, of the consensus model. Exposed: time a worker "
+    "waited for communication; hidden: time communication was in flight while training went on; "
+    "-: not measured."
+)
+# Title, head and rows.
+_Table = tuple[str, list[str], list[list[str]]]
+
+
+def terminal_tables(results: Sequence[CellResult], title: str) -> list[Table]:
+    """Tables for the terminal."""
+    tables = []
+    for heading, head, rows in _tables(results):
+        table = Table(
+            title=f"{title}: {heading}",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        for number, column in enumerate(head):
+            justify: Literal["left", "right"] = "right" if number else "left"
+            table.add_column(column.replace(" ", "\n"), justify=justify, no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        tables.append(table)
+    tables[-1].caption, tables[-1].caption_justify = NOTE, "left"
+    return tables
+
+
+def markdown(results: Sequence[CellResult], *, command: str, details: str) -> str:
+    """The same tables as a part of a page, with where they come from."""
+    parts = [f"Printed by `{command}` on {machine()}. {details} {NOTE}"]
+    for heading, head, rows in _tables(results):
+        parts += [f"**{heading[0].upper()}{heading[1:]}**", markdown_table(head, rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _tables(results: Sequence[CellResult]) -> list[_Table]:
+    """First how good the models are, side by side, and then all figures, for every partition."""
+    quality = _quality(results)
+    partitions = list(dict.fromkeys(result.cell.partition for result in results))
+    shares = {p: [r for r in results if r.cell.partition == p] for p in partitions}
+    tables = []
+    if len({result.cell.tau for result in results} - {None}) > 1:
+        tables += [_over_tau(quality, partition, share) for partition, share in shares.items()]
+    return tables + [_figures(quality, partition, share) for partition, share in shares.items()]
+
+
+def _quality(results: Sequence[CellResult]) -> _Figure:
+    measured = (
+        figure
+        for figure in _QUALITIES
+        if any(result.figure(figure.name) is not None for result in results)
+    )
+    return next(measured, _QUALITIES[-1])
+
+
+def _over_tau(quality: _Figure, partition: str, results: Sequence[CellResult]) -> _Table:
+    """One row a method, one column a tau."""
+    # 0 for those that synchronise at every step.
+    taus = sorted({result.cell.tau or 0 for result in results})
+    found = {(r.cell.method, r.cell.tau or 0): quality.text(r) for r in results}
+    methods = dict.fromkeys(result.cell.method for result in results)
+    rows = [[method.label, *(found.get((method, tau), "") for tau in taus)] for method in methods]
+    head = ["", *(f"tau={tau}" if tau else "every step" for tau in taus)]
+    return f"{quality.heading}, {partition}", head, rows
+
+
+def _figures(quality: _Figure, partition: str, results: Sequence[CellResult]) -> _Table:
+    """One row a cell."""
+    figures = [quality, *(figure for figure in _OTHERS if figure.name != quality.name)]
+    head = ["", "tau", *(figure.heading for figure in figures), "seeds"]
+    rows = [
+        [
+            result.cell.method.label,
+            "-" if result.cell.tau is None else str(result.cell.tau),
+            *(figure.text(result) for figure in figures),
+            str(len(result.runs)),
+        ]
+        for result in results
+    ]
+    return partition, head, rows

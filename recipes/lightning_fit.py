@@ -1,0 +1,195 @@
+"""Lightning with any algorithm of commhooks, through its DDPStrategy.
+
+    accelerate launch --multi_gpu --num_processes 2 recipes/lightning_fit.py --algorithm local-sgd
+
+Lightning takes its place among the processes that accelerate launch (or torchrun) starts. Trains a
+tiny transformer on the bytes of the text that comes with Python. Nothing is downloaded. Runs on
+GPUs where there is one for each process and on the CPU elsewhere.
+"""
+
+import math
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+# First: torchmetrics imports torchvision, which beside a CPU build of torch takes some help.
+import common.torchvision_cpu  # noqa: F401
+
+# isort: split
+import lightning as L
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+
+import commhooks
+from commhooks import CommHooksError, CommHookState
+from common.algorithms import AlgorithmOptions, build_state, signature
+from common.errors import RecipeError
+from common.options import FitOptions, read_command_line, refuse
+from common.report import write_json
+from common.session import require_workers, trains_on_cpu
+from common.text import load_text, whole_batches
+from common.transformer import ByteTransformer
+
+_PRECISION = {"no": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run of this recipe depends on."""
+
+    method: AlgorithmOptions = field(default_factory=AlgorithmOptions)
+    fit: FitOptions = field(default_factory=FitOptions)
+
+
+class LanguageModel(L.LightningModule):
+    """A byte-level transformer as Lightning wants it."""
+
+    def __init__(self, fit: FitOptions) -> None:
+        super().__init__()
+        self.lr = fit.lr
+        self.model = ByteTransformer(
+            context=fit.context, width=fit.width, heads=fit.heads, layers=fit.layers
+        )
+
+    def loss(self, windows: Tensor) -> Tensor:
+        logits = self.model(windows[:, :-1])
+        return cross_entropy(logits.transpose(1, 2), windows[:, 1:].long())
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        loss = self.loss(batch)
+        # Without sync_dist: a collective at every step would hold up what the hook lets go on.
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        self.log("eval/loss", self.loss(batch), sync_dist=True, batch_size=len(batch))
+
+    def configure_optimizers(self) -> AdamW:
+        return AdamW(self.parameters(), lr=self.lr)
+
+
+class Consensus(L.Callback):
+    """Validates and saves the consensus model, and ends on it."""
+
+    def __init__(self, state: CommHookState) -> None:
+        self.state = state
+        self.validating = ExitStack()
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # Lightning hands the hook on to DDP on GPUs alone, and says nothing elsewhere.
+        if trainer.strategy.root_device.type != "cuda":
+            trainer.strategy.model.register_comm_hook(self.state, commhooks.comm_hook)
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self.validating.enter_context(self.state.averaged())
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.validating.close()
+
+    def on_exception(self, *_: Any) -> None:
+        self.validating.close()
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Lightning calls this on every worker, and writes what the first one has.
+        with self.state.averaged():
+            weights = trainer.strategy.lightning_module_state_dict()
+            checkpoint["state_dict"] = {name: value.clone() for name, value in weights.items()}
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.state.finish()
+
+
+def build_trainer(config: Config, state: CommHookState | None) -> L.Trainer:
+    """The Trainer of this worker, one of those that were launched."""
+    fit = config.fit
+    fit.output_dir.mkdir(parents=True, exist_ok=True)
+    logger = False
+    if fit.wandb != "disabled":
+        logger = WandbLogger(
+            name=f"lightning {signature(config.method)}",
+            project=fit.project,
+            save_dir=str(fit.output_dir),
+            offline=fit.wandb == "offline",
+        )
+    # begin: strategy
+    strategy = DDPStrategy()
+    callbacks = []
+    if state is not None:
+        strategy = DDPStrategy(ddp_comm_state=state, ddp_comm_hook=commhooks.comm_hook)
+        callbacks = [Consensus(state)]
+    # end: strategy
+    return L.Trainer(
+        accelerator="cpu" if trains_on_cpu() else "gpu",
+        devices=int(os.environ["LOCAL_WORLD_SIZE"]),
+        num_nodes=int(os.environ["GROUP_WORLD_SIZE"]),
+        strategy=strategy,
+        callbacks=callbacks,
+        precision=_PRECISION[fit.mixed_precision],
+        max_steps=fit.max_steps,
+        accumulate_grad_batches=fit.accumulate,
+        gradient_clip_val=fit.clip or None,
+        val_check_interval=fit.eval_every * fit.accumulate,
+        check_val_every_n_epoch=None,
+        # A state is not registered before the first backward.
+        num_sanity_val_steps=0,
+        log_every_n_steps=fit.log_every,
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+@record
+def main() -> None:
+    """Train as the command line says."""
+    config = read_command_line(Config, __doc__ or "")
+    fit = config.fit
+    try:
+        require_workers()
+        state = build_state(config.method)
+        text = load_text(fit.text, fit.context)
+        test_set = whole_batches(text.test, fit.batch_size * int(os.environ["WORLD_SIZE"]))
+    except (RecipeError, CommHooksError) as error:
+        refuse(error)
+    L.seed_everything(fit.seed, verbose=False)
+    module = LanguageModel(fit)
+    trainer = build_trainer(config, state)
+    # Lightning gives each worker its own part of both.
+    train = DataLoader(text.train, batch_size=fit.batch_size, shuffle=True, drop_last=True)
+    test = DataLoader(test_set, batch_size=fit.batch_size)
+    trainer.fit(module, train, test)
+    during = trainer.callback_metrics.get("eval/loss")
+    # Every worker holds the consensus model now.
+    (figures,) = trainer.validate(module, test, verbose=False)
+    loss = figures["eval/loss"]
+    saved = fit.output_dir / "model.ckpt"
+    trainer.save_checkpoint(saved, weights_only=True)
+    if trainer.is_global_zero:
+        bits = loss / math.log(2)
+        print(f"test loss {loss:.4f}  bits per byte {bits:.3f}, of the consensus model")
+        print(f"saved in {saved}", flush=True)
+        if fit.json is not None:
+            results = {
+                "steps": trainer.global_step,
+                "rounds": None if state is None else state.stats.rounds_completed,
+                "loss": loss,
+                "bits_per_byte": bits,
+                "last_eval_loss": None if during is None else float(during),
+            }
+            write_json(results, fit.json)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

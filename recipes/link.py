@@ -1,0 +1,170 @@
+"""Run any command that launches ranks over a network of a chosen speed, on this one machine.
+
+    python recipes/link.py --rate 200mbit --ranks 2 -- \\
+        accelerate launch --multi_gpu recipes/vision.py --algorithm overlap-local-sgd
+
+Every rank runs the command in a network namespace of its own, as if on a machine of its own; what
+it sends is held to the rate. `accelerate launch` and `torchrun` are told their place among the
+machines, as is a script that calls `init_process_group` itself; for anything else write {rank},
+{ranks}, {address}, {port} and {interface} where they belong.
+
+Works as root, and as an ordinary user where the kernel allows user namespaces. Where neither works
+the command runs unshaped. Rank 0 writes to the terminal; the others are heard when they fail.
+Whatever ends the run, no process, namespace or interface is left of it.
+"""
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import tyro
+
+from network import sandbox
+from network.launchers import Place, command_of, environment_of
+from network.supervisor import Supervisor
+from network.switch import INTERFACE, build_switch, sent_bytes
+
+_PORT = 29500
+# Longer than the supervisor takes to end ranks by force.
+_PATIENCE_S = 30.0
+# How the tool calls itself within its sandbox: the number of a pipe that closes when it is to end.
+_LIFELINE = "COMMHOOKS_LINK_LIFELINE"
+
+
+@dataclass(frozen=True)
+class Link:
+    """The network, and who is on it."""
+
+    ranks: int = 2
+    """Machines on the network, each of one rank."""
+    rate: Annotated[str, tyro.conf.arg(metavar="RATE")] = "200mbit"
+    """What each rank can send, as tc writes it: 1gbit, 200mbit, 50mbit; or unshaped."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """File to write the bytes to that each rank has sent."""
+    strict: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Fail where the network cannot be shaped, in place of running unshaped."""
+
+    @property
+    def shape(self) -> str | None:
+        """The rate, None for no limit."""
+        return None if self.rate == "unshaped" else self.rate
+
+
+def run_inside(link: Link, words: Sequence[str], lifeline: int) -> int:
+    """Within the sandbox: build the network, run the ranks, count what they sent."""
+    ports = build_switch(link.ranks, link.shape)
+    supervisor = Supervisor()
+    try:
+        for rank, port in enumerate(ports):
+            place = Place(rank, link.ranks, ports[0].address, _PORT, INTERFACE)
+            environment = environment_of(place, os.environ)
+            supervisor.start(command_of(place, words), environment, port.namespace.entered())
+        # Readable means closed, since nobody writes: whoever started this has ended.
+        status = supervisor.wait(lambda: bool(select.select([lifeline], [], [], 0)[0]))
+    finally:
+        supervisor.stop()
+    sent = []
+    for port in ports:
+        with port.namespace.entered():
+            sent.append(sent_bytes())
+    _report(link, sent)
+    return status
+
+
+def run_sandboxed(link: Link, words: Sequence[str]) -> int:
+    """Run this tool again inside a sandbox, and see it out."""
+    reader, writer = os.pipe()
+    options = ["--ranks", str(link.ranks), "--rate", link.rate]
+    if link.json is not None:
+        options += ["--json", str(link.json)]
+    itself = [sys.executable, str(Path(__file__).resolve()), *options]
+    process = subprocess.Popen(
+        sandbox.command(*itself, "--", *words),
+        env={**os.environ, _LIFELINE: str(reader)},
+        pass_fds=[reader],
+        # Ctrl-C reaches this process alone, which then closes the pipe.
+        start_new_session=True,
+    )
+    os.close(reader)
+    try:
+        return process.wait()
+    finally:
+        os.close(writer)
+        try:
+            process.wait(_PATIENCE_S)
+        finally:
+            # Takes all that is left in the sandbox along.
+            process.kill()
+            process.wait()
+
+
+def run_unshaped(link: Link, words: Sequence[str]) -> int:
+    """Run the ranks on the loopback, each with a launcher of its own all the same."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    supervisor = Supervisor()
+    try:
+        for rank in range(link.ranks):
+            place = Place(rank, link.ranks, "127.0.0.1", port, "lo")
+            environment = environment_of(place, os.environ)
+            supervisor.start(command_of(place, words), environment, nullcontext())
+        return supervisor.wait(lambda: False)
+    finally:
+        supervisor.stop()
+
+
+def _report(link: Link, sent: list[int]) -> None:
+    amounts = ", ".join(f"{count / 1e6:,.1f}" for count in sent)
+    sys.stderr.write(f"link: {link.rate}, {link.ranks} ranks; MB sent by each: {amounts}\n")
+    if link.json is not None:
+        record = {"rate": link.rate, "ranks": link.ranks, "bytes_sent": sent}
+        link.json.write_text(json.dumps(record) + "\n")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command behind ``--``; the status of the first rank that failed, or 0."""
+    own, words = list(arguments), list[str]()
+    if "--" in own:
+        split = own.index("--")
+        own, words = own[:split], own[split + 1 :]
+    link = tyro.cli(Link, description=__doc__, args=own)
+    if not words:
+        sys.stderr.write("link: no command; write it behind --\n")
+        return 2
+    try:
+        if (lifeline := os.environ.pop(_LIFELINE, None)) is not None:
+            return run_inside(link, words, int(lifeline))
+        signal.signal(signal.SIGTERM, _leave)
+        reason = sandbox.refusal()
+        if reason is None:
+            return run_sandboxed(link, words)
+        sys.stderr.write(f"link: cannot shape a network here ({reason})\n")
+        if link.strict:
+            return 1
+        sys.stderr.write("link: running unshaped\n")
+        return run_unshaped(link, words)
+    except (OSError, RuntimeError) as error:
+        sys.stderr.write(f"link: {error}\n")
+        return 1
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    # An exception, so that cleaning up gets its turn.
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        sys.exit(main(sys.argv[1:]))
+    sys.exit(130)

@@ -1,0 +1,113 @@
+"""How the same command becomes the command of one machine among several."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Place", "command_of", "environment_of"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is, and where it meets the others.
+
+    Attributes:
+        rank: number of the rank.
+        ranks: how many there are.
+        address: rank 0's address.
+        port: where rank 0 can listen.
+        interface: through which the rank reaches the others.
+    """
+
+    rank: int
+    ranks: int
+    address: str
+    port: int
+    interface: str
+
+
+def command_of(place: Place, words: Sequence[str]) -> list[str]:
+    """The rank's own form of a command.
+
+    ``{rank}``, ``{ranks}``, ``{address}``, ``{port}`` and ``{interface}`` are filled in, wherever
+    they stand. ``accelerate launch`` is told its machine by options, since it reads no environment;
+    options of the same names that were given for a single machine are dropped.
+    """
+    fields = {"{" + name + "}": str(value) for name, value in vars(place).items()}
+    filled = []
+    for word in words:
+        for field, value in fields.items():
+            word = word.replace(field, value)
+        filled.append(word)
+    start = _accelerate_options(filled)
+    if start is None:
+        return filled
+    options = {
+        "--num_machines": place.ranks,
+        "--num_processes": place.ranks,
+        "--machine_rank": place.rank,
+        "--main_process_ip": place.address,
+        "--main_process_port": place.port,
+    }
+    flags = [str(word) for option in options.items() for word in option]
+    return [*filled[:start], *flags, *_without(filled[start:], options)]
+
+
+def environment_of(place: Place, environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables by which a rank finds the others.
+
+    A script that calls ``init_process_group`` reads RANK and the like, ``torchrun`` reads PET_*;
+    both therefore need no options at all.
+    """
+    cores = (os.cpu_count() or 1) // place.ranks
+    rendezvous = {
+        "MASTER_ADDR": place.address,
+        "MASTER_PORT": str(place.port),
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.ranks),
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "PET_MASTER_ADDR": place.address,
+        "PET_MASTER_PORT": str(place.port),
+        "PET_NNODES": str(place.ranks),
+        "PET_NODE_RANK": str(place.rank),
+        "PET_NPROC_PER_NODE": "1",
+        "GLOO_SOCKET_IFNAME": place.interface,
+        "NCCL_SOCKET_IFNAME": place.interface,
+        "TP_SOCKET_IFNAME": place.interface,
+    }
+    defaults = {
+        # More threads than cores slow all of them down; PyTorch would start one a core and rank.
+        "OMP_NUM_THREADS": str(max(1, cores)),
+        # There is no name service on this network, about which torch would warn at every launch.
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    return {**defaults, **environment, **rendezvous}
+
+
+def _accelerate_options(words: Sequence[str]) -> int | None:
+    """Where the options of ``accelerate launch`` begin, if that is the command."""
+    for at, word in enumerate(words[:-1]):
+        if Path(word).name == "accelerate" and words[at + 1] == "launch":
+            return at + 2
+        if Path(word).name == "accelerate-launch" or word == "accelerate.commands.launch":
+            return at + 1
+    return None
+
+
+def _without(words: Sequence[str], names: Mapping[str, object]) -> list[str]:
+    """``words`` without the options ``names``, up to the script, whose options are its own."""
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word.endswith(".py") or word == "--module":
+            kept.append(word)
+            break
+        name, equals, _ = word.partition("=")
+        if name.replace("-", "_").replace("__", "--", 1) in names:
+            if not equals:
+                next(rest, None)
+        else:
+            kept.append(word)
+    return [*kept, *rest]
