@@ -1,0 +1,1 @@
+"""The documentation's drawings. ``make pictures`` runs :mod:`pictures.__main__`."""
