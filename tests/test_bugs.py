@@ -2,8 +2,11 @@
 
 import gc
 
-from tests.cases import Case
+import pytest
+
+from tests.cases import ALGORITHMS, Case, one_case
 from tests.harness import run_ranks
+from tests.late_release import release_callbacks_late
 from tests.training import Trainer
 from tests.workload import gradient, nesterov_sgd, ragged_model
 
@@ -33,3 +36,19 @@ def test_a_bare_state_dropped_after_one_step_leaves_no_group_behind() -> None:
     The harness looks for its threads and sockets.
     """
     assert run_ranks(step_after_a_bare_state_is_gone, 2, 1) == [True, True]
+
+
+def train_with_callbacks_released_late(algorithm: str) -> None:
+    release_callbacks_late()
+    trainer = Trainer(one_case(algorithm, 2))
+    for _ in range(2):
+        trainer.step()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_group_is_never_ended_by_a_thread_of_its_own(algorithm: str) -> None:
+    """A callback held the group: a thread that dropped it last waited for itself, and aborted.
+
+    The harness destroys the group while the callbacks are still being let go of.
+    """
+    run_ranks(train_with_callbacks_released_late, 2, algorithm)

@@ -1,4 +1,4 @@
-"""Pins that a process may end with a round in flight, and is not aborted by it."""
+"""Pins that a process may end with a round in flight, and is not aborted by what it leaves."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = """
+WITH_A_ROUND_IN_FLIGHT = """
 import sys
 import time
 import torch.distributed as dist
@@ -26,13 +26,32 @@ if destroy == "destroy":
 """
 
 
+WITH_GRADIENTS_JUST_AVERAGED = """
+import sys
+import torch.distributed as dist
+from tests.cases import one_case
+from tests.late_release import release_callbacks_late
+from tests.training import Trainer
+
+folder, rank, destroy = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+release_callbacks_late()
+Trainer(one_case("AllReduce", 1)).step()
+if destroy == "destroy":
+    dist.destroy_process_group()
+"""
+
+
 @pytest.mark.parametrize("destroy", ["destroy", "leave"])
-def test_a_process_may_end_with_a_round_in_flight(destroy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "script", [WITH_A_ROUND_IN_FLIGHT, WITH_GRADIENTS_JUST_AVERAGED], ids=["round", "gradients"]
+)
+def test_a_process_may_end_at_any_time(script: str, destroy: str, tmp_path: Path) -> None:
     with ExitStack() as stack:
         ranks = [
             stack.enter_context(
                 subprocess.Popen(
-                    [sys.executable, "-c", SCRIPT, str(tmp_path), str(rank), destroy],
+                    [sys.executable, "-c", script, str(tmp_path), str(rank), destroy],
                     cwd=Path(__file__).parent.parent,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,49 +30,61 @@ class Communicator:
     """Collectives over a private copy of a process group.
 
     A group of its own keeps the library's background traffic from reordering or delaying the
-    user's collectives. Making it is collective over the parent's ranks alone.
+    user's collectives, and can be ended with the process, see
+    :mod:`commhooks.engine.exit_guard`. Making it is collective over the parent's ranks alone.
+
+    Groups are kept alive by torch alone, until ``destroy_process_group``. The backend's threads
+    hold callbacks, and through them this object, for a moment longer than anybody waits for; were a
+    group's last reference among them, a thread of the group would end the group, and abort the
+    process by waiting for itself.
 
     Args:
         parent: the group whose ranks take part.
 
     Attributes:
-        parent: that group; gradients are averaged over it, as plain DDP does.
         size: number of ranks m.
         rank: this rank's number in the group.
         ranks: global numbers of the group's ranks.
     """
 
     def __init__(self, parent: dist.ProcessGroup) -> None:
-        self.parent = parent
+        self._parent = weakref.ref(parent)
         self.ranks = dist.get_process_group_ranks(parent)
         self.size = len(self.ranks)
         self.rank = dist.get_rank(parent)
         self._backend = _backend(parent)
-        self._group: dist.ProcessGroup | None = None
+        self._own: weakref.ref[dist.ProcessGroup] | None = None
         if self.size > 1:
             # Members alone call this, so that DDP over a subgroup works as well.
-            self._group = dist.new_group(
+            own = dist.new_group(
                 self.ranks,
                 timeout=_timeout(parent),
                 backend=self._backend,
                 use_local_synchronization=True,
                 group_desc="commhooks",
             )
+            self._own = weakref.ref(own)
             closed_at_exit.add(self)
+
+    @property
+    def parent(self) -> dist.ProcessGroup:
+        """The group that this one is a copy of.
+
+        Raises:
+            RuntimeError: it has been destroyed.
+        """
+        return _alive(self._parent)
 
     def all_reduce(self, tensor: Tensor) -> torch.futures.Future[Any]:
         """Start summing ``tensor`` over the ranks in place; the future ends when it is done."""
-        if self._group is None:
-            return done([tensor])
         with _unrecorded():
-            work = dist.all_reduce(tensor, group=self._group, async_op=True)
-        return work.get_future()  # type: ignore[no-any-return]
+            return self.all_reduce_gradients(tensor)
 
     def all_reduce_gradients(self, tensor: Tensor) -> torch.futures.Future[Any]:
-        """The same on the model's own group, where plain DDP reduces its gradients."""
-        if self.size == 1:
+        """The same where a backward waits for it, so that a profile may show it."""
+        if self._own is None:
             return done([tensor])
-        work = dist.all_reduce(tensor, group=self.parent, async_op=True)
+        work = dist.all_reduce(tensor, group=_alive(self._own), async_op=True)
         return work.get_future()  # type: ignore[no-any-return]
 
     def from_first(self, value: T) -> T:
@@ -84,10 +97,20 @@ class Communicator:
 
     def close(self) -> None:
         """End the group's threads, at the end of the process; nothing may be in flight."""
-        group, self._group = self._group, None
+        group = self._own() if self._own is not None else None
         # NCCL's threads run no Python, and ending its groups takes all ranks.
         if group is not None and self._backend == "gloo" and dist.is_initialized():
             dist.destroy_process_group(group)
+
+
+def _alive(group: weakref.ref[dist.ProcessGroup]) -> dist.ProcessGroup:
+    alive = group()
+    if alive is None:
+        raise RuntimeError(
+            "the process group has been destroyed; call finish() and save checkpoints before "
+            "torch.distributed.destroy_process_group()."
+        )
+    return alive
 
 
 @contextmanager

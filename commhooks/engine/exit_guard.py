@@ -9,9 +9,13 @@ from __future__ import annotations
 import atexit
 import threading
 import weakref
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
-__all__ = ["airborne", "closed_at_exit"]
+__all__ = ["closed_at_exit", "landing"]
+
+T = TypeVar("T")
+F = TypeVar("F")
 
 # Peers that are alive send their part within this time; those that are not, never do.
 _PATIENCE_S = 10.0
@@ -21,16 +25,31 @@ class _Closable(Protocol):
     def close(self) -> None: ...
 
 
-airborne: set[threading.Event] = set()
-"""One event for every round in flight, which the round sets and discards when it has landed."""
-
 closed_at_exit: weakref.WeakSet[_Closable] = weakref.WeakSet()
 """What has threads of its own, which ``close`` joins."""
+
+# One event for every callback that a thread of the backend has still to run.
+_airborne: set[threading.Event] = set()
+
+
+def landing(callback: Callable[[F], T]) -> Callable[[F], T]:
+    """``callback``, for a future's ``then``; a process that exits first lets it run."""
+    landed = threading.Event()
+    _airborne.add(landed)
+
+    def land(future: F) -> T:
+        try:
+            return callback(future)
+        finally:
+            _airborne.discard(landed)
+            landed.set()
+
+    return land
 
 
 @atexit.register
 def _leave() -> None:
     # Joining a thread that waits for a dead peer would take as long as the group's timeout.
-    if all(landed.wait(_PATIENCE_S) for landed in tuple(airborne)):
+    if all(landed.wait(_PATIENCE_S) for landed in tuple(_airborne)):
         for closable in tuple(closed_at_exit):
             closable.close()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from commhooks.engine.bucket_layout import BucketLayout, Layout
 from commhooks.engine.communicator import Communicator, done
+from commhooks.engine.exit_guard import landing
 from commhooks.engine.meter import Meter
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class GradientAverager:
                 self._reduce_held(self._layout.wanted(self._communicator))
             # DDP looks at no bucket before the last one's hook has returned.
             return done(gradient)
-        future = self._communicator.all_reduce_gradients(gradient).then(self._arrived)
+        future = self._communicator.all_reduce_gradients(gradient).then(landing(self._arrived))
         if bucket.is_last():
             self._backward_end = time.perf_counter()
         return future

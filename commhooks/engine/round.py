@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from commhooks.engine.communicator import Communicator
-from commhooks.engine.exit_guard import airborne
+from commhooks.engine.exit_guard import landing
 from commhooks.engine.layout import Bucket
 from commhooks.engine.rules import Rules
 from commhooks.engine.ticket import Ticket
@@ -46,10 +45,6 @@ class Round:
         self._futures: list[torch.futures.Future[Tensor]] = []
         self._launched_at = time.perf_counter()
         self._arrived_at = self._launched_at
-        self._awaited = len(buckets)
-        self._lock = threading.Lock()
-        self._landed = threading.Event()
-        airborne.add(self._landed)
         self._ticket: Ticket | None = None
         device = buckets[0].device
         try:
@@ -59,11 +54,10 @@ class Round:
                 )
                 for bucket in buckets:
                     reduced = communicator.all_reduce(bucket.vectors["wire"])
-                    self._futures.append(reduced.then(self._chained_to(bucket)))
+                    self._futures.append(reduced.then(landing(self._chained_to(bucket))))
         except RuntimeError as error:
             # Raised by `wait`, like every other failure, before anything is mixed.
             self._failures.append(str(error))
-            self._land(len(buckets) - len(self._futures))
 
     @property
     def done(self) -> bool:
@@ -93,15 +87,6 @@ class Round:
                     self._failures.append(str(error))
         return self._failures[0] if self._failures else None
 
-    def _land(self, buckets: int = 1) -> None:
-        """Count buckets that are through, one way or the other."""
-        with self._lock:
-            self._awaited -= buckets
-            landed = self._awaited <= 0
-        if landed:
-            airborne.discard(self._landed)
-            self._landed.set()
-
     def _chained_to(self, bucket: Bucket) -> Callable[[torch.futures.Future[Any]], Tensor]:
         def chain(reduced: torch.futures.Future[Any]) -> Tensor:
             """Runs on the backend's thread when the all-reduce ends."""
@@ -114,12 +99,10 @@ class Round:
                             vectors["wire"].mul_(1.0 / self._size)
                         self._rules.chain(**vectors)
             except Exception as error:
-                self._land()
                 # The future would wrap this in C++ stack frames; `wait` reports the plain text.
                 self._failures.append(str(error))
                 raise
             self._arrived_at = time.perf_counter()
-            self._land()
             # A CUDA future records the tensors it holds on the streams that wait for it.
             return wire
 
