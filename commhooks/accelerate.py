@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from commhooks.engine.checkpoint import check_identity
-from commhooks.errors import CheckpointError
+from commhooks.errors import CheckpointError, RegistrationError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,11 +59,17 @@ def checkpoint(accelerator: Accelerator, state: CommHookState) -> None:
         state: the registered state of the model.
 
     Raises:
+        RegistrationError: the accelerator has a state already.
         CheckpointError: by ``load_state``, on every rank and before anything has changed: a rank's
-            file is missing or damaged, or of another algorithm, other hyper-parameters or another
-            model.
+            file is missing or damaged, or of another step, another algorithm, other
+            hyper-parameters or another model.
         RoundError: by ``save_state``: a round failed.
     """
+    if any(isinstance(other, _EveryRank) for other in accelerator._custom_objects):
+        raise RegistrationError(
+            "This accelerator checkpoints a commhooks state already, and one is all it can: two "
+            "would write the same files. Use an Accelerator for every model that has a state."
+        )
     ranks = _EveryRank(accelerator, state)
     accelerator.register_save_state_pre_hook(ranks.save)
     accelerator.register_load_state_pre_hook(ranks.read)
@@ -112,20 +118,25 @@ class _EveryRank:
 
     def read(self, models: list[nn.Module], input_dir: str) -> None:
         """Accelerate's hook before it loads anything: refuse now, or not at all."""
-        problem = None
+        problem, step = None, None
         try:
             self._saved = self._checked(models, Path(input_dir))
+            step = self._saved["commhooks"]["schedule"]["step"]
         except CheckpointError as error:
             problem = str(error)
-        problems: list[str | None] = [problem]
+        everyone: list[tuple[str | None, int | None]] = [(problem, step)] * self._size
         if self._size > 1:
-            problems = [None] * self._size
-            dist.all_gather_object(problems, problem)
-        if any(problems):
+            dist.all_gather_object(everyone, (problem, step))
+        problems = [f"Rank {rank}: {why}" for rank, (why, _) in enumerate(everyone) if why]
+        steps = [step for _, step in everyone]
+        if not problems and len(set(steps)) > 1:
+            problems = [
+                f"{input_dir} holds the ranks at different steps, {steps}: saving it again was cut "
+                "short. commhooks.checkpoints.Checkpoints never leaves such a folder."
+            ]
+        if problems:
             self._saved = None
-            raise CheckpointError(
-                " ".join(f"Rank {rank}: {each}" for rank, each in enumerate(problems) if each)
-            )
+            raise CheckpointError(" ".join(problems))
 
     def state_dict(self) -> dict[str, Any]:
         """What Accelerate writes for this object, from the main process alone: a mark."""

@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 _NAME = "checkpoint-"
 _ABANDONED = "abandoned-"
+_REPLACED = "replaced-"
 _DRAFT = ".draft-"
 _PRESENT = ".present-"
 _MANIFEST = "manifest.json"
@@ -176,9 +177,14 @@ class Checkpoints:
         _write_manifest(draft)
         for path in (*_files(draft), *_directories(draft)):
             _flush(path)
-        self._discard(target)
+        # Two steps, between which a crash leaves the old one under another name.
+        replaced = self.folder / f"{_REPLACED}{target.name}"
+        if target.exists():
+            self._discard(replaced)
+            target.rename(replaced)
         draft.rename(target)
         _flush(self.folder)
+        self._discard(replaced)
         self._tidy(target)
 
     def _tidy(self, latest: Path) -> None:
@@ -272,11 +278,15 @@ def _flush(path: Path) -> None:
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
-    """The checkpoints in a folder by number, whole or not."""
+    """The checkpoints in a folder by number, whole or not.
+
+    One that was being replaced counts where a crash has left no other of its number.
+    """
     return {
-        int(path.name.removeprefix(_NAME)): path
-        for path in folder.glob(f"{_NAME}*")
-        if path.name.removeprefix(_NAME).isdecimal() and path.is_dir()
+        int(number): path
+        for prefix in (f"{_REPLACED}{_NAME}", _NAME)
+        for path in folder.glob(f"{prefix}*")
+        if (number := path.name.removeprefix(prefix)).isdecimal() and path.is_dir()
     }
 
 

@@ -186,3 +186,20 @@ def trains_after_a_refusal() -> list[float]:
 def test_a_refused_registration_changes_nothing() -> None:
     first, second = run_ranks(trains_after_a_refusal, 2)
     assert first == second
+
+
+def refused_on_a_subgroup() -> str:
+    """Rank 1 builds no model, so nothing may wait for it."""
+    group = dist.new_group([0])
+    if dist.get_rank():
+        return ""
+    model = DistributedDataParallel(ragged_model(), process_group=group)
+    commhooks.LocalSGD(tau=2).register(model, an_optimizer(model))
+    with pytest.raises(commhooks.RegistrationError) as caught:
+        commhooks.LocalSGD(tau=2).register(model, an_optimizer(model))
+    return str(caught.value)
+
+
+def test_a_refusal_concerns_the_models_own_ranks_alone() -> None:
+    message, _ = run_ranks(refused_on_a_subgroup, 2, group_timeout=600.0)
+    assert "has a communication hook already" in message

@@ -126,6 +126,62 @@ def test_statistics_are_averaged_in_warm_up_too(form: Form) -> None:
     assert not torch.equal(ranks[0][0], ranks[1][0])
 
 
+def buffers_after_the_block(case: Case) -> bool:
+    """A forward in training mode inside the block, where nothing had to be averaged."""
+    trainer = Trainer(case)
+    trainer.step()
+    before = buffers(trainer.model)
+    with trainer.state.averaged():
+        trainer.model.module(torch.ones(2, 5))
+        assert not torch.equal(buffers(trainer.model), before)
+    return torch.equal(buffers(trainer.model), before)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_statistics_are_put_back_where_nothing_was_averaged(size: int) -> None:
+    case = Case("LocalSGD", {"tau": 3}, warmup_steps=5, model=normalised)
+    assert run_ranks(buffers_after_the_block, size, case) == [True] * size
+
+
+class Masked(nn.Module):
+    """With a causal mask, the largest finite number, and a buffer that DDP is told to ignore."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+        self.register_buffer("least", torch.full((2,), torch.finfo(torch.float32).min))
+        self.register_buffer("mine", torch.zeros(2))
+        self._ddp_params_and_buffers_to_ignore = ["mine"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.layer(x)
+        return scores
+
+
+def masked(dtype: torch.dtype) -> nn.Module:
+    return initialise(Masked()).to(dtype)
+
+
+def special_buffers(case: Case) -> dict[str, Tensor]:
+    trainer = Trainer(case)
+    trainer.model.module.get_buffer("mine").fill_(float(trainer.rank))
+    trainer.step()
+    trainer.step()
+    trainer.state.finish()
+    return dict(trainer.model.module.named_buffers())
+
+
+def test_buffers_that_are_no_statistics() -> None:
+    """An infinite one is no broken parameter; their mean is the number that all ranks have."""
+    before = Masked()
+    case = Case("OverlapLocalSGD", {"tau": 1}, model=masked)
+    for rank, after in enumerate(run_ranks(special_buffers, 2, case)):
+        assert torch.equal(after["mask"], before.get_buffer("mask"))
+        assert torch.equal(after["least"], before.get_buffer("least"))
+        assert torch.equal(after["mine"], torch.full((2,), float(rank)))
+
+
 class Messages(logging.Handler):
     def __init__(self) -> None:
         super().__init__()

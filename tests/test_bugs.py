@@ -1,13 +1,14 @@
 """Pins bugs that were found once; each test names the mechanism."""
 
 import gc
+import weakref
 
 import pytest
 
 from tests.cases import ALGORITHMS, Case, one_case
 from tests.harness import run_ranks
 from tests.late_release import release_callbacks_late
-from tests.training import Trainer
+from tests.training import Trainer, make_state, wrapped
 from tests.workload import gradient, nesterov_sgd, ragged_model
 
 
@@ -36,6 +37,28 @@ def test_a_bare_state_dropped_after_one_step_leaves_no_group_behind() -> None:
     The harness looks for its threads and sockets.
     """
     assert run_ranks(step_after_a_bare_state_is_gone, 2, 1) == [True, True]
+
+
+def rewrapped_with_the_same_optimizer() -> bool:
+    """As an error of `register` advises."""
+    module = ragged_model()
+    (optimizer,) = nesterov_sgd(module)
+    engines = []
+    for _ in range(2):
+        model, state = wrapped(module), make_state(Case("BMUF", {"tau": 1}))
+        state.register(model, optimizer)
+        gradient(model, 0, 1)
+        optimizer.step()
+        engines.append(weakref.ref(state._engine))
+        assert state.stats.rounds_completed == 1
+        del model, state
+        gc.collect()
+    return all(engine() is None for engine in engines)
+
+
+def test_a_dropped_state_does_not_live_on_in_its_optimizer() -> None:
+    """The optimizer's hook held it, with up to three models' worth of vectors."""
+    assert run_ranks(rewrapped_with_the_same_optimizer, 2) == [True, True]
 
 
 def train_with_callbacks_released_late(algorithm: str) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import commhooks
 from tests.cases import ALGORITHMS, Case, with_tau
-from tests.harness import run_ranks
-from tests.training import Form, Trainer, trajectory
+from tests.harness import rank_outcomes, run_ranks
+from tests.training import Form, Trainer, make_state, trajectory
 from tests.workload import MakeOptimizers, adamw, nesterov_sgd
 
 WARMUP_STEPS, STEPS = 2, 9
@@ -190,7 +191,7 @@ def spoilt(case: Case, key: str, value: Any) -> str:
 
 def test_another_format_is_refused() -> None:
     (message,) = run_ranks(spoilt, 1, Case("LocalSGD", {"tau": 2}), "format", 1)
-    assert "format 1, this version of commhooks reads 2" in message
+    assert "format 1, this version of commhooks reads 3" in message
 
 
 @pytest.mark.parametrize("layout", [[[0, 1, 2]], [[0, 1], [1, 2, 3]], [[0, 1, 2, 3, 4]], []])
@@ -219,4 +220,48 @@ def test_a_foreign_checkpoint_is_refused_by_name() -> None:
         assert "'tau': 2" in tau
         assert "'tau': 3" in tau
         assert "0.4" in alpha
-        assert "shape" in shape or "parameters" in shape
+        assert "is of another model: 4 parameters, here 2" in shape
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_another_model_is_refused_whatever_the_state_keeps(algorithm: str) -> None:
+    """Local SGD keeps no vector, and the others none before their first local step."""
+    (arguments, *_) = with_tau(algorithm, 2)
+    mine = Case(algorithm, arguments, warmup_steps=9)
+    other = Case(algorithm, arguments, warmup_steps=9, model=another_model)
+    for (message,) in run_ranks(refusals, 2, mine, [other]):
+        assert "first differ at parameter number 0, [[7, 5]] in the checkpoint" in message
+
+
+def loaded_before_registering(case: Case, other: Case) -> None:
+    """Rank 1 has the checkpoint of another model, which nobody can see before the parameters."""
+    trainers = [Trainer(case), Trainer(other)]
+    for trainer in trainers:
+        trainer.step()
+    states = [trainer.state.state_dict() for trainer in trainers]
+    state = make_state(case)
+    state.load_state_dict(states[dist.get_rank()])
+    Trainer(case, state=state)
+
+
+def test_a_checkpoint_loaded_before_registering_is_refused_on_all_ranks() -> None:
+    mine = Case("LocalSGD", {"tau": 2})
+    other = Case("LocalSGD", {"tau": 2}, model=another_model)
+    for end in rank_outcomes(loaded_before_registering, 2, mine, other, group_timeout=600.0):
+        assert isinstance(end.error, commhooks.RegistrationError), end.describe()
+        assert "is of another model" in str(end.error)
+
+
+def loaded_on_one_rank(case: Case) -> None:
+    trainer = Trainer(case)
+    trainer.step()
+    state = make_state(case)
+    if dist.get_rank():
+        state.load_state_dict(trainer.state.state_dict())
+    Trainer(case, state=state)
+
+
+def test_a_checkpoint_on_one_rank_alone_is_refused() -> None:
+    for end in rank_outcomes(loaded_on_one_rank, 2, Case("LocalSGD", {"tau": 2})):
+        assert isinstance(end.error, commhooks.RegistrationError), end.describe()
+        assert "checkpoint to load: False on rank 0, True on rank 1" in str(end.error)

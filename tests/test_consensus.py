@@ -13,6 +13,7 @@ from tests.expected import (
     assert_close,
     assert_follows,
     assert_ranks_follow,
+    reference_trajectory,
     reference_workers,
 )
 from tests.harness import run_ranks
@@ -196,6 +197,29 @@ def test_training_or_finishing_inside_the_block_is_refused() -> None:
     for training, finishing in run_ranks(misused, 2, Case("LocalSGD", {"tau": 3})):
         assert "outside" in training
         assert "leave the block" in finishing
+
+
+def looked_at_in_inference_mode(case: Case) -> list[Tensor]:
+    """Right after a resume, so that the first use of the vectors is inside the block."""
+    first = Trainer(case)
+    for _ in range(3):
+        first.step()
+    trainer = Trainer(case)
+    trainer.steps = 3
+    trainer.model.load_state_dict(first.model.state_dict())
+    for mine, other in zip(trainer.optimizers, first.optimizers, strict=True):
+        mine.load_state_dict(other.state_dict())
+    trainer.state.load_state_dict(first.state.state_dict())
+    with torch.inference_mode(), trainer.state.averaged():
+        trainer.model.module(torch.zeros(1, 5))
+    return [trainer.step() for _ in range(case.steps - 3)]
+
+
+def test_averaged_in_inference_mode() -> None:
+    """A tensor made in inference mode must not be used by training."""
+    for case in two_cases():
+        real = run_ranks(looked_at_in_inference_mode, 2, case)
+        assert_follows(case, real, reference_trajectory(case, 2)[3:])
 
 
 class Refused(Trainer):

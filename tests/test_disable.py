@@ -62,7 +62,7 @@ def rounds_after_disable(case: Case) -> tuple[int, int, int]:
             trainer.step()
     after = trainer.state.stats
     launched = after.rounds_launched - before.rounds_launched
-    return launched, after.rounds_launched - after.rounds_completed, collectives["default_pg"]
+    return launched, after.rounds_launched - after.rounds_completed, collectives["commhooks"]
 
 
 def test_no_round_is_launched_after_disable() -> None:

@@ -85,6 +85,11 @@ def test_every_rank_names_the_difference(make: MakeState, words: Sequence[str], 
         assert all(word in str(outcome.error) for word in words)
 
 
+def differing_shapes() -> nn.Module:
+    """Which DDP compares too, unless it is told that the ranks have built the same model."""
+    return nn.Linear(5 + dist.get_rank(), 3)
+
+
 def differing_dtypes() -> nn.Module:
     """DDP itself compares shapes, but not formats."""
     return ragged_model(torch.float64 if dist.get_rank() else torch.float32)
@@ -108,6 +113,21 @@ def differing_order() -> nn.Module:
     return module
 
 
+def first_backward(make: Callable[[], nn.Module]) -> None:
+    """The bare form sees parameters only then."""
+    model = DistributedDataParallel(make(), init_sync=False)
+    model.register_comm_hook(commhooks.LocalSGD(tau=2), commhooks.comm_hook)
+    first = next(model.module.parameters())
+    model(torch.ones(2, first.shape[1], dtype=first.dtype)).sum().backward()
+
+
+def test_parameters_that_differ_in_the_bare_form() -> None:
+    outcomes = rank_outcomes(first_backward, 2, differing_shapes, timeout=30.0, group_timeout=600.0)
+    for outcome in outcomes:
+        assert isinstance(outcome.error, commhooks.RegistrationError), outcome.describe()
+        assert all(word in str(outcome.error) for word in ("(3, 5)", "(3, 6)")), str(outcome.error)
+
+
 def register_module(make: Callable[[], nn.Module]) -> None:
     model = DistributedDataParallel(make(), init_sync=False)
     optimizer = SGD(model.parameters(), lr=0.1)
@@ -117,6 +137,7 @@ def register_module(make: Callable[[], nn.Module]) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (differing_shapes, ["parameter weight", "(3, 5)", "(3, 6)"]),
         (differing_dtypes, ["parameter 0.weight", "float32", "float64"]),
         (differing_strides, ["parameter 0.weight", "(5, 1)", "(1, 7)"]),
         (differing_order, ["parameter a", "parameter b"]),

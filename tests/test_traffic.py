@@ -72,9 +72,11 @@ def test_rounds_neither_reorder_nor_delay_the_users_collectives(algorithm: str) 
 def phases(case: Case) -> dict[str, int]:
     """How often each of the library's blocks shows in a profile of two rounds."""
     trainer = Trainer(case)
-    with profile() as profiler:
+    everywhere = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    with profile(experimental_config=everywhere) as profiler:
         for _ in range(2 * TAU):
             trainer.step()
+        trainer.state.state_dict()  # waits, so that the second round's chain has run
     names = [event.name for event in profiler.function_events or []]
     return {name: names.count(name) for name in names if name.startswith("commhooks::")}
 
@@ -84,6 +86,7 @@ def test_a_profile_names_the_phases(algorithm: str) -> None:
     for names in run_ranks(phases, 2, one_case(algorithm, TAU), tidy=False):
         assert names["commhooks::launch"] == 2
         assert names["commhooks::wait"] >= 1
+        assert names["commhooks::chain"] >= 2
         assert any("mix" in name for name in names)
 
 

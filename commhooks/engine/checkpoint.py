@@ -10,13 +10,38 @@ from torch import Tensor
 from commhooks.engine.layout import Bucket
 from commhooks.errors import CheckpointError
 
-__all__ = ["check_identity", "dump_vectors", "load_vectors"]
+__all__ = ["check_identity", "check_shapes", "dump_vectors", "load_vectors", "shapes"]
 
-FORMAT = 2
+FORMAT = 3
 """Version of the dictionary's layout; a later one that reads differently gets another number.
 
-2 added ``gradient_buckets``, without which a resume is not exact where gradients are averaged.
+2 added ``gradient_buckets``, without which a resume is not exact where gradients are averaged; 3
+the parameters' ``shapes``, since not every state keeps vectors to tell another model by.
 """
+
+
+def shapes(buckets: Sequence[Bucket]) -> list[list[int]]:
+    """The shapes of the parameters, in the engine's order."""
+    return [list(tensor.shape) for bucket in buckets for tensor in bucket.tensors]
+
+
+def check_shapes(saved: Sequence[Sequence[int]], mine: Sequence[Sequence[int]]) -> None:
+    """Refuse a checkpoint of another model.
+
+    Raises:
+        CheckpointError: another number of parameters, or another shape.
+    """
+    if saved == mine:
+        return
+    position = next(
+        (i for i, (a, b) in enumerate(zip(saved, mine, strict=False)) if a != b),
+        min(len(saved), len(mine)),
+    )
+    raise CheckpointError(
+        f"The checkpoint is of another model: {len(saved)} parameters, here {len(mine)}; they "
+        f"first differ at parameter number {position}, {saved[position : position + 1]} in the "
+        f"checkpoint and {mine[position : position + 1]} here."
+    )
 
 
 def dump_vectors(buckets: Sequence[Bucket], names: Iterable[str]) -> dict[str, list[Tensor]]:
@@ -28,26 +53,7 @@ def dump_vectors(buckets: Sequence[Bucket], names: Iterable[str]) -> dict[str, l
 
 
 def load_vectors(buckets: Sequence[Bucket], vectors: Mapping[str, Sequence[Tensor]]) -> None:
-    """Fill the buckets' vectors; nothing is written if a shape does not fit.
-
-    Raises:
-        CheckpointError: another number of parameters, or another shape.
-    """
-    wanted = [
-        tuple(part.shape) for bucket in buckets for part in bucket.parts(bucket.vectors["wire"])
-    ]
-    for name, parts in vectors.items():
-        shapes = [tuple(part.shape) for part in parts]
-        if shapes != wanted:
-            position = next(
-                (i for i, (a, b) in enumerate(zip(shapes, wanted, strict=False)) if a != b),
-                min(len(shapes), len(wanted)),
-            )
-            raise CheckpointError(
-                f"The checkpoint's vector {name!r} has {len(shapes)} parameters, this model "
-                f"{len(wanted)}; they first differ at parameter number {position}: "
-                f"{shapes[position : position + 1]} against {wanted[position : position + 1]}."
-            )
+    """Fill the buckets' vectors from those of a model of the same shapes."""
     for name, parts in vectors.items():
         rest = list(parts)
         for bucket in buckets:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commhooks.engine.exit_guard import closed_at_exit
+from commhooks.engine.exit_guard import closed_at_exit, landing
 
 __all__ = ["Communicator", "done"]
 
@@ -85,7 +85,15 @@ class Communicator:
         if self._own is None:
             return done([tensor])
         work = dist.all_reduce(tensor, group=_alive(self._own), async_op=True)
-        return work.get_future()  # type: ignore[no-any-return]
+        future: torch.futures.Future[Any] = work.get_future()
+        if tensor.device.type == "cuda" and self._stages_on_host:
+            return future.then(landing(_copied_back(work)))
+        return future
+
+    @property
+    def _stages_on_host(self) -> bool:
+        """Whether the backend copies CUDA tensors to the host and back, as gloo does."""
+        return self._backend == "gloo" or "cuda:gloo" in self._backend
 
     def from_first(self, value: T) -> T:
         """The first rank's ``value``, on every rank. Collective; blocks."""
@@ -101,6 +109,17 @@ class Communicator:
         # NCCL's threads run no Python, and ending its groups takes all ranks.
         if group is not None and self._backend == "gloo" and dist.is_initialized():
             dist.destroy_process_group(group)
+
+
+def _copied_back(work: dist.Work) -> Callable[[torch.futures.Future[Any]], Any]:
+    """For a future that ends while the copy to the device is still queued, on a stream it hides."""
+
+    def order(future: torch.futures.Future[Any]) -> Any:
+        value = future.value()
+        work.synchronize()
+        return value
+
+    return order
 
 
 def _alive(group: weakref.ref[dist.ProcessGroup]) -> dist.ProcessGroup:

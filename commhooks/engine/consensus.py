@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from commhooks.engine.communicator import Communicator
+from commhooks.engine.devices import Moment
 from commhooks.engine.layout import Bucket, build_buckets
 from commhooks.engine.meter import Meter
 from commhooks.engine.ticket import Ticket
+from commhooks.engine.uninterrupted import uninterrupted
 
 __all__ = ["Consensus", "averageable_buffers"]
 
 
-def averageable_buffers(module: nn.Module) -> list[Tensor]:
-    """The module's floating-point buffers, such as BatchNorm's running statistics.
+def averageable_buffers(ddp: DistributedDataParallel) -> list[Tensor]:
+    """The model's floating-point buffers, such as BatchNorm's running statistics.
 
-    Counters stay local. A buffer that repeats its memory (``expand``) is a constant and cannot be
-    written to.
+    Counters stay local, and so does what DDP is told to ignore. A buffer that repeats its memory
+    (``expand``) is a constant and cannot be written to.
     """
     return [
         buffer
-        for buffer in module.buffers()
-        if buffer.is_floating_point()
+        for name, buffer in ddp.module.named_buffers()
+        if name not in ddp.parameters_to_ignore
+        and buffer.is_floating_point()
         and all(
             stride or size == 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
         )
@@ -45,6 +48,7 @@ class Consensus:
     def __init__(
         self, buckets: Sequence[Bucket], buffers: Sequence[Tensor], cap_bytes: float
     ) -> None:
+        self._parameters = list(buckets)
         self._buckets = [*buckets, *build_buckets(buffers, cap_bytes)]
         self._own: list[list[Tensor]] = []
 
@@ -60,33 +64,35 @@ class Consensus:
             RuntimeError: the ranks are not at the same point, one holds NaN or inf, or the
                 communication failed.
         """
+        self._own = [[tensor.detach().clone() for tensor in b.tensors] for b in self._buckets]
         if communicator.size == 1:
             return
-        probes = [chunk.x.sum() for bucket in self._buckets for chunk in bucket.gathered()]
+        began = Moment(device)
+        # Not of the buffers, where -inf may be meant, as in a mask.
+        probes = [chunk.x.sum() for bucket in self._parameters for chunk in bucket.gathered()]
         refusal = Ticket(
             communicator, device, consensus=True, number=meter.rounds_launched, probes=probes
         ).wait()
         if refusal is not None:
             raise RuntimeError(refusal)
-        self._own = [[tensor.detach().clone() for tensor in b.tensors] for b in self._buckets]
-        started = time.perf_counter()
         try:
             with record_function("commhooks::consensus"):
                 for bucket in self._buckets:
                     flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
                     bucket.gather(flat)
-                    communicator.all_reduce(flat).wait()
+                    # Divided before the sum, which then overflows where a number does.
+                    communicator.all_reduce(flat.mul_(1.0 / communicator.size)).wait()
                     meter.bytes_reduced += bucket.nbytes
-                    bucket.scatter(flat.mul_(1.0 / communicator.size))
+                    bucket.scatter(flat)
         except BaseException:
             self.leave()
             raise
-        waited = time.perf_counter() - started
-        meter.communication(waited, waited)
+        ended = Moment(device)
+        meter.communication(began, ended, began, ended)
 
     def leave(self) -> None:
         """Put this rank's own numbers back, bit for bit."""
-        with torch.no_grad():
+        with uninterrupted(), torch.no_grad():
             for bucket, own in zip(self._buckets, self._own, strict=False):
                 torch._foreach_copy_(bucket.tensors, own)
         self._own = []

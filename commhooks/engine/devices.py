@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-import torch
+import time
+from collections.abc import Iterable
 
-__all__ = ["accumulation_dtype", "chunk_numel"]
+import torch
+from torch import Tensor
+
+__all__ = [
+    "HostCopy",
+    "Moment",
+    "accumulation_dtype",
+    "catch_up_with_callbacks",
+    "chunk_numel",
+    "keep_for_this_stream",
+]
 
 # A chunk of the vectors a rule touches together should stay in a core's own cache from the first
 # operation of the rule to its last; 64 Ki fp32 numbers are 256 KiB, and a rule touches up to five.
@@ -28,3 +39,71 @@ def chunk_numel(device: torch.device) -> int | None:
     an operation. On a GPU launches cost more than memory does.
     """
     return _CPU_CHUNK_NUMEL if device.type == "cpu" else None
+
+
+class Moment:
+    """A point in time: on a CPU now, on a GPU when its current stream gets there.
+
+    Args:
+        device: whose work it is a point in.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._seconds = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(device))
+
+    @property
+    def passed(self) -> bool:
+        """Whether it lies in the past."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def seconds_since(self, earlier: Moment) -> float:
+        """Seconds from ``earlier`` to this moment; blocks the host until both have passed."""
+        if self._event is None or earlier._event is None:
+            return self._seconds - earlier._seconds
+        earlier._event.synchronize()
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event)) / 1e3
+
+
+class HostCopy:
+    """A small tensor's numbers on the host, without waiting for what else its device computes.
+
+    Args:
+        tensor: read on the current stream, from when this one is made.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._numbers = tensor
+        self._event: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._numbers = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._numbers.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(tensor.device))
+
+    def read(self) -> Tensor:
+        """The numbers, once they have been copied."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._numbers
+
+
+def keep_for_this_stream(tensors: Iterable[Tensor]) -> None:
+    """Keep tensors' memory from being given away before the current stream is through with it."""
+    for tensor in tensors:
+        if tensor.device.type == "cuda":
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
+def catch_up_with_callbacks(device: torch.device) -> None:
+    """Let the current stream wait for what a backend's own thread has queued.
+
+    gloo's futures know no streams: what is chained to them runs on the default stream.
+    """
+    if device.type == "cuda":
+        default = torch.cuda.default_stream(device)
+        torch.cuda.current_stream(device).wait_stream(default)

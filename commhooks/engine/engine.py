@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from commhooks.engine.bucket_layout import BucketLayout
-from commhooks.engine.checkpoint import dump_vectors, load_vectors
+from commhooks.engine.checkpoint import check_shapes, dump_vectors, load_vectors, shapes
 from commhooks.engine.communicator import Communicator, done
 from commhooks.engine.consensus import Consensus
+from commhooks.engine.devices import HostCopy, Moment
 from commhooks.engine.gradients import GradientAverager
 from commhooks.engine.layout import build_buckets
 from commhooks.engine.meter import Meter
@@ -25,6 +25,7 @@ from commhooks.engine.refused_backward import raise_after_backward
 from commhooks.engine.round import Round
 from commhooks.engine.rules import Rules
 from commhooks.engine.schedule import Schedule
+from commhooks.engine.uninterrupted import uninterrupted
 from commhooks.errors import RegistrationError, RoundError
 from commhooks.stats import Stats
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
 
 __all__ = ["Engine"]
+
+
+_outside_inference_mode = torch.inference_mode(mode=False)
+"""For what is called around evaluations: a tensor made in inference mode cannot be trained with."""
 
 
 class Engine:
@@ -68,7 +73,7 @@ class Engine:
         self._failure: tuple[str, int, int, tuple[int, ...], str] | None = None
         self._consensus: Consensus | None = None
         self._probes: list[Tensor] = []
-        self._squared_distances: list[Tensor] = []
+        self._squared_distance: HostCopy | None = None
         self.device = torch.device("cpu")
         self._shadowed = False
 
@@ -95,8 +100,17 @@ class Engine:
 
     @property
     def boundary_due(self) -> bool:
-        """Whether a boundary waits for the optimizers."""
+        """Whether a boundary waits for the optimizers, or was cut short while it waited."""
+        return self._due or self._left_open
+
+    @property
+    def _due(self) -> bool:
         return self.schedule.due and not (self.disabled or self._rules.synchronous)
+
+    @property
+    def _left_open(self) -> bool:
+        """Whether a blocking round is in flight: interrupted, or launched for others (Join)."""
+        return self._round is not None and not self._rules.overlapped
 
     def reduce_gradients(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Average a gradient bucket or leave it as it is; the last one of a backward ends a step.
@@ -119,6 +133,10 @@ class Engine:
         gradient = self._averager.average(bucket) if averaging else done(bucket.buffer())
         if bucket.is_last():
             self._bucket_layout.end_backward()
+            if not averaging and not self._started:
+                # Now, since what comes next may be an optimizer already in its step, whose closure
+                # this backward is part of.
+                self._start()
             if not self._shadowed:
                 self._count_step(local=not averaging)
             self._shadowed = False
@@ -144,11 +162,6 @@ class Engine:
         """Every rank is out of batches."""
         self._shadowed = False
 
-    def before_step(self) -> None:
-        """Start the vectors right before the first local update."""
-        if not self._started and self.schedule.local and not self.averages_gradients:
-            self._start()
-
     def at_boundary(self, *, wait: bool = True) -> None:
         """Run the boundaries that are due.
 
@@ -158,17 +171,20 @@ class Engine:
         Raises:
             RoundError: a round failed, now or before.
         """
-        while self.boundary_due:
+        if self._left_open:
+            self.drain()
+        while self._due:
             if self._failure is not None:
                 raise RoundError(*self._failure)
             if not self._started:
                 self._start()
             self.drain()
-            self._sweep(*(("mix", "contribute") if self._rules.overlapped else ("contribute",)))
-            self._launch()
+            with uninterrupted():
+                self._sweep(*(("mix", "contribute") if self._rules.overlapped else ("contribute",)))
+                self._launch()
+                self.schedule.boundaries += 1
             if wait and not self._rules.overlapped:
                 self.drain()
-            self.schedule.boundaries += 1
 
     def drain(self) -> None:
         """Wait for the round in flight, if there is one, and its chained update.
@@ -182,18 +198,24 @@ class Engine:
             raise RoundError(*self._failure)
         if self._round is None:
             return
-        finished, self._round = self._round, None
-        started = time.perf_counter()
+        finished = self._round
+        began = Moment(self.device)
+        # Ctrl-C may end the wait, and the round is waited for again by whatever comes next.
         cause = finished.wait()
-        if cause is not None:
-            self._fail(finished.number, cause)
-        self._meter.rounds_used += 1
-        self._meter.communication(finished.in_flight, time.perf_counter() - started)
-        if not self._rules.overlapped:
-            self._sweep("mix")
+        with uninterrupted():
+            self._round = None
+            if cause is not None:
+                self._fail(finished.number, cause)
+            self._meter.rounds_used += 1
+            self._meter.communication(
+                finished.launched, finished.arrived, began, Moment(self.device)
+            )
+            if not self._rules.overlapped:
+                self._sweep("mix")
 
     # The consensus model.
 
+    @_outside_inference_mode
     def enter_consensus(self, buffers: Iterable[Tensor]) -> bool:
         """Put the mean of the models in place; False inside another ``averaged()``.
 
@@ -206,12 +228,14 @@ class Engine:
         self.drain()
         # Before the first local step the parameters are the same on every rank, bit for bit.
         buckets = self._buckets if self._drifted else []
-        consensus = Consensus(buckets, list(buffers), self._cap_bytes)
+        self._consensus = Consensus(buckets, list(buffers), self._cap_bytes)
         try:
-            consensus.enter(self.communicator, self._meter, self.device)
-        except Exception as error:  # noqa: BLE001 - a backend may raise anything
+            self._consensus.enter(self.communicator, self._meter, self.device)
+        except BaseException as error:
+            self._consensus = None
+            if not isinstance(error, Exception):
+                raise
             self._fail(self._meter.rounds_launched, f"averaging the models: {error}")
-        self._consensus = consensus
         return True
 
     def leave_consensus(self) -> None:
@@ -233,14 +257,21 @@ class Engine:
         self._started = False
         self.schedule.restart()
 
+    def disable(self) -> None:
+        """Average gradients from the next step on, after :meth:`finish`, and keep no vectors."""
+        self.disabled = True
+        for bucket in self._buckets:
+            bucket.release()
+
     # Reports and checkpoints.
 
     def stats(self) -> Stats:
         """The counters now."""
         self._averager.settle()
         meter = self._meter
+        meter.settle(wait=True)
         arrived = self._round is not None and self._round.done
-        squares = [square.double().cpu() for square in self._squared_distances]
+        square = 0.0 if self._squared_distance is None else self._squared_distance.read().item()
         return Stats(
             step=self.schedule.step,
             rounds_launched=meter.rounds_launched,
@@ -248,9 +279,10 @@ class Engine:
             bytes_reduced=meter.bytes_reduced,
             seconds_exposed=meter.seconds_exposed,
             seconds_hidden=meter.seconds_hidden,
-            consensus_distance=math.sqrt(sum(squares)),
+            consensus_distance=math.sqrt(square),
         )
 
+    @_outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
         """Counters and vectors; waits for the round in flight.
 
@@ -265,6 +297,7 @@ class Engine:
             )
         self.at_boundary()
         self.drain()
+        self._meter.settle(wait=True)
         names = self._kept if self._started else ()
         return {
             "schedule": asdict(self.schedule),
@@ -273,6 +306,7 @@ class Engine:
             "drifted": self._drifted,
             "disabled": self.disabled,
             "gradient_buckets": self._bucket_layout.dump(),
+            "shapes": shapes(self._buckets),
             "vectors": dump_vectors(self._buckets, names),
         }
 
@@ -288,8 +322,9 @@ class Engine:
             of ranks; the algorithm then starts anew from the parameters.
 
         Raises:
-            CheckpointError: the vectors do not fit the model; nothing has changed.
+            CheckpointError: of a model of other shapes; nothing has changed.
         """
+        check_shapes(saved["shapes"], shapes(self._buckets))
         self.drain()
         # Bits can be the same on as many ranks only.
         gradient_buckets = saved["gradient_buckets"] if same_ranks else None
@@ -341,6 +376,9 @@ class Engine:
 
     def _sweep(self, *names: str) -> None:
         """Apply rules to the model, chunk by chunk; ``mix`` alone writes to the parameters."""
+        for bucket in self._buckets:
+            # It may raise, and must not once a part of the model is mixed.
+            bucket.refresh()
         rules = [getattr(self._rules, name) for name in names]
         mixing = "mix" in names
         probes: list[Tensor] = []
@@ -359,9 +397,10 @@ class Engine:
                         rule(x=x, **vectors)
                     if mixing:
                         chunk.write_back()
-        if mixing:
-            self._squared_distances = probes
-        self._probes = probes
+            total = torch.stack([p.to(self.device, torch.float64) for p in probes]).sum()
+            if mixing:
+                self._squared_distance = HostCopy(total)
+        self._probes = [total]
 
     def _fail(self, number: int, cause: str) -> NoReturn:
         name, ranks = type(self._rules).__name__, tuple(self.communicator.ranks)

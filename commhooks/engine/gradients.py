@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from commhooks.engine.bucket_layout import BucketLayout, Layout
 from commhooks.engine.communicator import Communicator, done
+from commhooks.engine.devices import Moment
 from commhooks.engine.exit_guard import landing
 from commhooks.engine.meter import Meter
 
@@ -34,15 +34,15 @@ class GradientAverager:
         self._meter = meter
         self._layout = layout
         self._held: dict[int, Tensor] = {}
-        self._first_launch = 0.0
-        self._backward_end = 0.0
-        self._last_arrival = 0.0
+        self._first_launch: Moment | None = None
+        self._backward_end: Moment | None = None
+        self._last_arrival: Moment | None = None
 
     def average(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Start averaging a bucket's flat gradient in place."""
         if bucket.index() == 0:
             self.settle()
-            self._first_launch = time.perf_counter()
+            self._first_launch = Moment(bucket.buffer().device)
         gradient = bucket.buffer()
         if self._communicator.size == 1:
             return done(gradient)
@@ -57,19 +57,19 @@ class GradientAverager:
             return done(gradient)
         future = self._communicator.all_reduce_gradients(gradient).then(landing(self._arrived))
         if bucket.is_last():
-            self._backward_end = time.perf_counter()
+            self._backward_end = Moment(gradient.device)
         return future
 
     def settle(self) -> None:
         """Account for the last step's communication, once it is over."""
-        if self._last_arrival and self._backward_end:
-            waited = max(0.0, self._last_arrival - self._backward_end)
-            self._meter.communication(self._last_arrival - self._first_launch, waited)
-        self._last_arrival = self._backward_end = 0.0
+        launched, ended, arrived = self._first_launch, self._backward_end, self._last_arrival
+        if launched and ended and arrived:
+            self._meter.communication(launched, arrived, ended, arrived)
+        self._last_arrival = self._backward_end = None
 
     def _arrived(self, future: torch.futures.Future[Any]) -> Tensor:
         gradient: Tensor = future.value()[0]
-        self._last_arrival = time.perf_counter()
+        self._last_arrival = Moment(gradient.device)
         return gradient
 
     def _hold(self, bucket: GradBucket) -> None:
@@ -83,12 +83,13 @@ class GradientAverager:
     def _reduce_held(self, layout: Layout) -> None:
         """All-reduce what is held in the buckets of ``layout``, in place."""
         held, self._held = self._held, {}
-        started = time.perf_counter()
+        device = next(iter(held.values())).device
+        began = Moment(device)
         buckets = [[held[number] for number in numbers] for numbers in layout]
         flats = [torch.cat(parts) for parts in buckets]
         futures = [self._communicator.all_reduce_gradients(flat) for flat in flats]
         for parts, flat, future in zip(buckets, flats, futures, strict=True):
             future.wait()
             torch._foreach_copy_(parts, torch.split(flat, [part.numel() for part in parts]))
-        waited = time.perf_counter() - started
-        self._meter.communication(waited, waited)
+        ended = Moment(device)
+        self._meter.communication(began, ended, began, ended)

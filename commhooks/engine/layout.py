@@ -61,22 +61,26 @@ class Bucket:
         ]
         self._addresses = []
 
+    def release(self) -> None:
+        """Let go of the flat vectors."""
+        self.vectors, self.slices, self._addresses, self._gathered = {}, [], [], []
+
     def gathered(self) -> Iterator[Gathered]:
         """Go through the bucket chunk by chunk; chunks share their scratch vectors."""
-        self._refresh()
+        self.refresh()
         for gathered in self._gathered:
             gathered.gather()
             yield gathered
 
     def gather(self, flat: Tensor) -> None:
         """Copy the tensors into ``flat``, of length :attr:`numel`."""
-        self._refresh()
+        self.refresh()
         for chunk in self._chunks:
             torch._foreach_copy_(chunk.views(flat[chunk.start : chunk.stop]), chunk.pieces)
 
     def scatter(self, flat: Tensor) -> None:
         """Copy ``flat``, of length :attr:`numel`, into the tensors."""
-        self._refresh()
+        self.refresh()
         for chunk in self._chunks:
             torch._foreach_copy_(chunk.pieces, chunk.views(flat[chunk.start : chunk.stop]))
 
@@ -95,8 +99,12 @@ class Bucket:
             )
         ]
 
-    def _refresh(self) -> None:
-        """Rebuild the views if somebody has moved a tensor (``tensor.data = ...``) since."""
+    def refresh(self) -> None:
+        """Rebuild the views if somebody has moved a tensor (``tensor.data = ...``) since.
+
+        Raises:
+            RegistrationError: a tensor is not what it was.
+        """
         addresses = [tensor.data_ptr() for tensor in self.tensors]
         if addresses == self._addresses:
             return

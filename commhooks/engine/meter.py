@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+
+from commhooks.engine.devices import Moment
 
 __all__ = ["Meter"]
 
@@ -17,7 +20,21 @@ class Meter:
     seconds_exposed: float = 0.0
     seconds_hidden: float = 0.0
 
-    def communication(self, in_flight: float, waited: float) -> None:
-        """Account for communication in flight for ``in_flight`` s, of which ``waited`` s showed."""
-        self.seconds_exposed += waited
-        self.seconds_hidden += max(0.0, in_flight - waited)
+    def __post_init__(self) -> None:
+        # On a GPU the moments may lie ahead of the host, which must not wait for them.
+        self._open: deque[tuple[Moment, Moment, Moment, Moment]] = deque()
+
+    def communication(
+        self, launched: Moment, arrived: Moment, wait_began: Moment, wait_ended: Moment
+    ) -> None:
+        """Account for communication in flight between two moments, and a wait between two."""
+        self._open.append((launched, arrived, wait_began, wait_ended))
+        self.settle(wait=False)
+
+    def settle(self, *, wait: bool) -> None:
+        """Count what is over; with ``wait`` everything, once it is."""
+        while self._open and (wait or all(moment.passed for moment in self._open[0])):
+            launched, arrived, wait_began, wait_ended = self._open.popleft()
+            waited = max(0.0, wait_ended.seconds_since(wait_began))
+            self.seconds_exposed += waited
+            self.seconds_hidden += max(0.0, arrived.seconds_since(launched) - waited)

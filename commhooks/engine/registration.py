@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from commhooks.engine.watcher import owns, unwrap_ddp
+from commhooks.engine.watcher import owns
 from commhooks.errors import RegistrationError
 
 __all__ = [
@@ -37,17 +37,16 @@ def require_process_group() -> None:
         )
 
 
-def check_model(model: object) -> DistributedDataParallel:
-    """The DDP model in ``model``.
+def check_model(ddp: DistributedDataParallel | None, given: type) -> DistributedDataParallel:
+    """The DDP model that was found in what was given.
 
     Raises:
-        RegistrationError: it is none, has a hook already, or makes sparse gradients.
+        RegistrationError: there is none, it has a hook already, or it makes sparse gradients.
     """
-    ddp = unwrap_ddp(model)
     if ddp is None:
         raise RegistrationError(
             f"model must be a torch.nn.parallel.DistributedDataParallel, got "
-            f"{type(model).__name__}; wrap the model in DistributedDataParallel (or take what "
+            f"{given.__name__}; wrap the model in DistributedDataParallel (or take what "
             "accelerator.prepare returns, on more than one process) and register that."
         )
     if getattr(ddp, "_comm_hooks", None):

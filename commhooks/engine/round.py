@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from commhooks.engine.communicator import Communicator
+from commhooks.engine.devices import Moment, catch_up_with_callbacks, keep_for_this_stream
 from commhooks.engine.exit_guard import landing
 from commhooks.engine.layout import Bucket
 from commhooks.engine.rules import Rules
@@ -21,6 +21,9 @@ __all__ = ["Round"]
 
 class Round:
     """The all-reduces of every bucket's ``wire``, and the rules' ``chain`` after each.
+
+    Attributes:
+        launched, arrived: when the first all-reduce was started and the last chain had run.
 
     Args:
         number: the round's number, from 1.
@@ -43,10 +46,9 @@ class Round:
         self._rules = rules
         self._failures: list[str] = []
         self._futures: list[torch.futures.Future[Tensor]] = []
-        self._launched_at = time.perf_counter()
-        self._arrived_at = self._launched_at
+        self._device = device = buckets[0].device
+        self.launched = self.arrived = Moment(device)
         self._ticket: Ticket | None = None
-        device = buckets[0].device
         try:
             with record_function("commhooks::launch"):
                 self._ticket = Ticket(
@@ -62,12 +64,7 @@ class Round:
     @property
     def done(self) -> bool:
         """Whether the result, chained update included, has arrived (or the round has failed)."""
-        return all(future.done() for future in self._futures)
-
-    @property
-    def in_flight(self) -> float:
-        """Seconds from the launch to the last bucket's arrival, once :meth:`wait` has returned."""
-        return self._arrived_at - self._launched_at
+        return all(future.done() for future in self._futures) and self.arrived.passed
 
     def wait(self) -> str | None:
         """Wait for every bucket; the cause of the failure, if the round has failed."""
@@ -85,6 +82,7 @@ class Round:
                     future.wait()
                 except Exception as error:  # noqa: BLE001 - a backend may raise anything
                     self._failures.append(str(error))
+            catch_up_with_callbacks(self._device)
         return self._failures[0] if self._failures else None
 
     def _chained_to(self, bucket: Bucket) -> Callable[[torch.futures.Future[Any]], Tensor]:
@@ -102,7 +100,8 @@ class Round:
                 # The future would wrap this in C++ stack frames; `wait` reports the plain text.
                 self._failures.append(str(error))
                 raise
-            self._arrived_at = time.perf_counter()
+            self.arrived = Moment(wire.device)
+            keep_for_this_stream(bucket.vectors.values())
             # A CUDA future records the tensors it holds on the streams that wait for it.
             return wire
 

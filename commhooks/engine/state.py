@@ -32,8 +32,8 @@ from commhooks.engine.registration import (
 )
 from commhooks.engine.rules import Rules
 from commhooks.engine.uneven import ShadowRounds
-from commhooks.engine.watcher import GivenOptimizers, LearnedOptimizers
-from commhooks.errors import HyperParameterError, RegistrationError
+from commhooks.engine.watcher import GivenOptimizers, LearnedOptimizers, unwrap_ddp
+from commhooks.errors import CheckpointError, HyperParameterError, RegistrationError
 from commhooks.hook import comm_hook
 from commhooks.hyperparameters import integer_at_least, positive_real
 from commhooks.stats import Stats
@@ -133,17 +133,18 @@ class CommHookState(Rules, Joinable):
                 Optimizers prepared by Accelerate bring theirs.
 
         Raises:
-            RegistrationError: an argument does not fit, or the ranks disagree on the algorithm, its
-                hyper-parameters or the parameters. Raised on every rank; nothing has changed.
+            RegistrationError: an argument or a checkpoint that was loaded before does not fit, or
+                the ranks disagree on the algorithm, its hyper-parameters or the parameters. Raised
+                on every rank; nothing has changed.
         """
         require_process_group()
-        ddp: DistributedDataParallel | None = None
+        ddp = unwrap_ddp(model)
         refusal: str | None = None
         parameters: dict[str, Tensor] = {}
         unwrapped: list[Optimizer] = []
         try:
             self._refuse_second_registration()
-            ddp = check_model(model)
+            ddp = check_model(ddp, type(model))
             parameters = synchronized_parameters(ddp)
             unwrapped = check_optimizers(optimizers, list(parameters.values()))
             scaler = check_scaler(scaler, optimizers)
@@ -156,6 +157,7 @@ class CommHookState(Rules, Joinable):
         assert ddp is not None
         engine = self._build_engine(group)
         engine.attach(parameters.values(), ddp)
+        self._load_together(engine, "register")
         ddp.register_comm_hook(self, comm_hook)
         self._engine = engine
         self._watcher = GivenOptimizers(engine, ddp, unwrapped, scaler)
@@ -192,8 +194,8 @@ class CommHookState(Rules, Joinable):
         parameters = [parameter for each in buckets for parameter in each.parameters()]
         agree(group, parameter_facts({f"number {n}": p for n, p in enumerate(parameters)}))
         self._engine.attach(parameters)
+        self._load_together(self._engine, "bare")
         self._watcher = LearnedOptimizers(self._engine, parameters, self._found)
-        self._load_pending()
         *others, last = [self._engine.reduce_gradients(each) for each in buckets]
         torch.futures.wait_all(others)
         return last
@@ -205,7 +207,6 @@ class CommHookState(Rules, Joinable):
     def _adopt(self, ddp: DistributedDataParallel) -> None:
         # A strong reference would close a cycle through DDP's reducer, which no collector sees.
         self._model = weakref.ref(ddp)
-        self._load_pending()
         if ddp.forward_sync_buffers and any(True for _ in ddp.module.buffers()):
             logger.info(
                 "commhooks: DDP no longer broadcasts buffers (such as BatchNorm's statistics) at "
@@ -226,6 +227,7 @@ class CommHookState(Rules, Joinable):
             "algorithm": type(self).__name__,
             **self.hyperparameters(),
             "bucket_cap_mb": self.bucket_cap_mb,
+            "checkpoint to load": self._loaded is not None,
         }
 
     def _refuse_second_registration(self) -> None:
@@ -251,6 +253,9 @@ class CommHookState(Rules, Joinable):
         The consensus model is the mean over ranks of their parameters and floating-point buffers.
         What a rank had is put back bit for bit, after an exception too; the trajectory of training
         is the one it would be without the block. Blocks may be nested.
+
+        Its place is after the optimizer's step. Between a backward and its step, a boundary that is
+        due runs before the block, on the parameters as they are before the step.
 
         Raises:
             RoundError: a round failed, or the averaging did; the models are as they were.
@@ -286,7 +291,7 @@ class CommHookState(Rules, Joinable):
         optimizer's state stays what it is: momentum gathered locally still differs between ranks.
         """
         self.finish()
-        self._registered().disabled = True
+        self._registered().disable()
 
     # Ranks with different numbers of batches: `with Join([state, ddp_model]):`.
 
@@ -306,6 +311,9 @@ class CommHookState(Rules, Joinable):
             raise RegistrationError(
                 "Join needs a model registered with state.register(ddp_model, optimizer)."
             )
+        if self._announcements is not None:
+            # Of a context that an exception has left.
+            self._announcements.remove()
         hook: Callable[..., None] = torch.compiler.disable(self._announce_step)  # type: ignore[no-untyped-call]
         self._announcements = model.register_forward_pre_hook(hook)
         return ShadowRounds(self)
@@ -353,67 +361,82 @@ class CommHookState(Rules, Joinable):
         """This rank's part of what it takes to go on bit for bit: tensors and plain values.
 
         Waits for the round in flight, which changes nothing of the trajectory. Save it along with
-        the rank's own parameters and optimizer state.
+        the rank's own parameters and optimizer state, after the optimizer's step, since gradients
+        are no part of it; a boundary that is due for want of a step runs now.
 
         Raises:
             RoundError: a round failed.
             RegistrationError: not registered yet.
         """
-        return {"format": FORMAT} | self._identity() | self._registered().state_dict()
+        engine = self._registered()
+        return {"format": FORMAT} | self._identity(engine, self._form) | engine.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave; the parameters are the caller's to load.
 
-        In the bare form, where parameters are not known before the first backward, the values are
-        kept until then. On another number of ranks than saved, load the consensus model and any
-        rank's dictionary on all of them; what had to be reset is logged.
+        Before the parameters are known (before ``register``; in the bare form before the first
+        backward), the values are kept until then. On another number of ranks than saved, load the
+        consensus model and any rank's dictionary on all of them; what had to be reset is logged.
 
         Raises:
             CheckpointError: another format, algorithm, hyper-parameter, rank or shape. Nothing has
-                changed.
+                changed. Of values that were kept, RegistrationError says so on every rank.
         """
         mine = {"algorithm": type(self).__name__, "hyperparameters": self.hyperparameters()}
         check_identity(state_dict, mine)
-        self._loaded = state_dict
-        if self._watcher is not None:
-            self._load_pending()
+        if self._watcher is None:
+            self._loaded = state_dict
+        else:
+            self._load(state_dict, self._registered(), self._form)
 
-    def _load_pending(self) -> None:
-        if self._loaded is None or self._engine is None:
+    def _load_together(self, engine: Engine, form: str) -> None:
+        """Load what was kept; refused on every rank if it does not fit on one. Collective."""
+        if self._loaded is None:
             return
-        loaded, self._loaded = self._loaded, None
-        mine = self._identity()
+        problem = None
+        try:
+            self._load(self._loaded, engine, form)
+        except CheckpointError as error:
+            problem = str(error)
+        agree(engine.communicator.parent, {}, problem)
+        self._loaded = None
+
+    def _load(self, loaded: Mapping[str, Any], engine: Engine, form: str) -> None:
+        mine = self._identity(engine, form)
         same_ranks = loaded.get("world_size") == mine["world_size"]
         if not same_ranks:
             # Any rank's vectors will do, or none.
             mine = {k: v for k, v in mine.items() if k not in ("world_size", "rank")}
         check_identity(loaded, mine)
-        kept = self._engine.load_state_dict(loaded, same_ranks=same_ranks)
+        kept = engine.load_state_dict(loaded, same_ranks=same_ranks)
         if not same_ranks:
             logger.warning(
                 "commhooks: the checkpoint is of %s ranks, this run has %s; load the consensus "
                 "model on every rank. %s",
                 loaded.get("world_size"),
-                self._engine.communicator.size,
+                engine.communicator.size,
                 "The anchor goes on."
                 if kept
                 else "The algorithm's vectors were reset: it starts anew from the parameters.",
             )
 
-    def _identity(self) -> dict[str, Any]:
-        communicator = self._registered().communicator
+    def _identity(self, engine: Engine, form: str) -> dict[str, Any]:
         return {
             "algorithm": type(self).__name__,
             "hyperparameters": self.hyperparameters(),
-            "world_size": communicator.size,
-            "rank": communicator.rank,
-            # The two forms know the parameters in different orders.
-            "form": "bare" if isinstance(self._watcher, LearnedOptimizers) else "register",
+            "world_size": engine.communicator.size,
+            "rank": engine.communicator.rank,
+            "form": form,
         }
+
+    @property
+    def _form(self) -> str:
+        """How the state was registered; the two forms know the parameters in different orders."""
+        return "bare" if isinstance(self._watcher, LearnedOptimizers) else "register"
 
     def _buffers(self) -> list[Tensor]:
         model = self._model() if self._model is not None else None
-        return averageable_buffers(model.module) if model is not None else []
+        return averageable_buffers(model) if model is not None else []
 
 
 # What a copy or a pickle starts without.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from commhooks.engine.communicator import Communicator
+from commhooks.engine.devices import HostCopy
+from commhooks.engine.exit_guard import landing
 
 __all__ = ["Ticket"]
 
@@ -45,7 +49,14 @@ class Ticket:
         if probes:
             total = torch.stack([probe.to(device, torch.float64) for probe in probes]).sum()
             self._slots[_NOT_FINITE, self._mine] = (~torch.isfinite(total)).double()
-        self._future = communicator.all_reduce(self._slots)
+        self._copy: HostCopy | None = None
+        self._future = communicator.all_reduce(self._slots).then(landing(self._fetch))
+
+    def _fetch(self, reduced: torch.futures.Future[Any]) -> Tensor:
+        """Runs when the all-reduce ends, on its own stream where there are streams."""
+        reduced.value()
+        self._copy = HostCopy(self._slots)
+        return self._slots
 
     def wait(self) -> str | None:
         """What forbids to use the payload, if anything.
@@ -54,7 +65,8 @@ class Ticket:
             RuntimeError: the ticket itself did not get through.
         """
         self._future.wait()
-        rows = self._slots.cpu()
+        assert self._copy is not None
+        rows = self._copy.read()
         points = [
             _POINTS[int(point)].format(int(number))
             for point, number in zip(rows[_POINT], rows[_NUMBER], strict=True)

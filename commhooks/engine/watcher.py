@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from commhooks.errors import RegistrationError
 
@@ -28,9 +25,6 @@ class Watched(Protocol):
     @property
     def boundary_due(self) -> bool:
         """Whether a boundary waits for the optimizers."""
-
-    def before_step(self) -> None:
-        """An optimizer is about to write parameters."""
 
     def at_boundary(self) -> None:
         """Every optimizer has stepped, or been skipped, since the backward; a boundary is due."""
@@ -69,9 +63,6 @@ class _Watcher:
         if torch.is_grad_enabled() and self._watched.boundary_due:
             self._run()
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._watched.before_step()
-
     def _after_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
         if self._watched.boundary_due:
             self._stepped.add(id(optimizer))
@@ -98,10 +89,16 @@ class GivenOptimizers(_Watcher):
     ) -> None:
         super().__init__(watched)
         self._ids: set[int] = set()
+        # An optimizer and a scaler outlive the model that is wrapped anew.
+        after_step = weakref.WeakMethod(self._after_step)
+
+        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if (alive := after_step()) is not None:
+                alive(optimizer)
+
         for optimizer in optimizers:
             self._ids.add(id(optimizer))
-            optimizer.register_step_pre_hook(self._before_step)
-            optimizer.register_step_post_hook(self._after_step)
+            optimizer.register_step_post_hook(after)
         if scaler is not None:
             self._watch_scaler(scaler)
         self.watch_forward(model)
@@ -116,13 +113,15 @@ class GivenOptimizers(_Watcher):
         bound method is wrapped on this one instance.
         """
         step = scaler.step
+        me = weakref.ref(self)
 
         @functools.wraps(step)
         def watched_step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
             result = step(optimizer, *args, **kwargs)
             inner = getattr(optimizer, "optimizer", optimizer)
-            if id(inner) in self._ids:
-                self._after_step(inner)
+            watcher = me()
+            if watcher is not None and id(inner) in watcher._ids:
+                watcher._after_step(inner)
             return result
 
         scaler.step = watched_step  # type: ignore[method-assign]
@@ -187,10 +186,6 @@ class LearnedOptimizers(_Watcher):
         # This forward may have begun already, so its own hooks are too late for a due boundary.
         self._before_forward(model, args)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._is_known(optimizer):
-            super()._before_step(optimizer, args, kwargs)
-
     def _after_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
         if self._is_known(optimizer):
             super()._after_step(optimizer, args, kwargs)
@@ -210,20 +205,15 @@ class LearnedOptimizers(_Watcher):
         return not self._unowned and self._stepped >= {id(known) for known in self._known}
 
 
-# torch keeps global hooks for ever and cannot lose one while it runs them, so there is one pair for
-# all states of the bare form, and it keeps none of them alive.
+# torch keeps global hooks for ever and cannot lose one while it runs them, so there is one for all
+# states of the bare form, and it keeps none of them alive.
 _learners: weakref.WeakSet[LearnedOptimizers] = weakref.WeakSet()
 
 
 @functools.cache
 def _watch_all_optimizers() -> None:
-    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for learner in tuple(_learners):
-            learner._before_step(optimizer, args, kwargs)
-
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for learner in tuple(_learners):
             learner._after_step(optimizer, args, kwargs)
 
-    register_optimizer_step_pre_hook(before)
     register_optimizer_step_post_hook(after)

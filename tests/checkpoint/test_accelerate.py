@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from commhooks import CheckpointError
+import commhooks.accelerate
+from commhooks import CheckpointError, RegistrationError
 from tests.accelerated import Accelerated, Scaling, normed, tied_model
 from tests.cases import ALGORITHMS, Case
 from tests.harness import rank_outcomes, run_ranks
@@ -263,6 +264,35 @@ def test_damage_to_one_ranks_file_is_named_on_all(
         assert str(end.error).startswith("Rank 1: ")
         assert words in str(end.error)
         assert "unchanged: True" in str(end.error)
+
+
+def save_twice(case: Case, first: Path, second: Path) -> None:
+    run = Accelerated(case)
+    for folder in (first, second):
+        run.step()
+        run.accelerator.save_state(str(folder))
+
+
+def test_ranks_at_different_steps_are_refused(tmp_path: Path) -> None:
+    """What is left where saving into a folder that held a checkpoint was cut short."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_ranks(save_twice, 2, BASE, first, second)
+    shutil.copy(first / "commhooks-rank-00001-of-00002.pt", second)
+    for end in rank_outcomes(load_only, 2, BASE, second):
+        assert isinstance(end.error, CheckpointError), end.describe()
+        assert "holds the ranks at different steps, [2, 1]" in str(end.error)
+        assert "unchanged: True" in str(end.error)
+
+
+def checkpoint_twice(case: Case) -> None:
+    run = Accelerated(case)
+    commhooks.accelerate.checkpoint(run.accelerator, run.state)
+
+
+def test_a_second_state_is_refused() -> None:
+    for end in rank_outcomes(checkpoint_twice, 2, BASE):
+        assert isinstance(end.error, RegistrationError), end.describe()
+        assert "checkpoints a commhooks state already" in str(end.error)
 
 
 def test_a_checkpoint_of_accelerate_alone_is_refused(base: Path) -> None:

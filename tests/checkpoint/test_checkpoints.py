@@ -60,6 +60,28 @@ def test_the_same_number_again_replaces(tmp_path: Path) -> None:
     assert names(tmp_path) == ["checkpoint-00000001"]
 
 
+def test_a_crash_while_one_is_replaced_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    target = checkpoints.save(1, write("old"))
+    rename = Path.rename
+
+    def rename_or_crash(path: Path, to: Path) -> Path:
+        if to == target:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_or_crash)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(1, write("new"))
+    assert text_of(checkpoints.newest()) == "old"
+    checkpoints.save(1, write("newer"))
+    assert text_of(checkpoints.newest()) == "newer"
+    assert names(tmp_path) == ["checkpoint-00000001"]
+
+
 def test_a_course_that_was_left_is_set_aside(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -176,6 +176,29 @@ def test_without_join_every_rank_is_told(algorithm: str) -> None:
         assert "torch.distributed.algorithms.Join" in str(end.error)
 
 
+def joined_again(case: Case) -> list[Tensor]:
+    """The first context is left by an exception, on every rank at the same step."""
+    trainer = Trainer(case)
+    with (
+        contextlib.suppress(ZeroDivisionError),
+        Join([trainer.state, trainer.model], throw_on_early_termination=False),
+    ):
+        trainer.step()
+        raise ZeroDivisionError
+    for lengths in ((3, 2), (1, 4)):
+        with Join([trainer.state, trainer.model]):
+            for _ in range(lengths[trainer.rank]):
+                trainer.step()
+    return [trainer.x]
+
+
+def test_join_again_and_after_an_exception() -> None:
+    """A context that an exception left kept announcing, and the next one's counts were off."""
+    for case in two_cases():
+        (x,), (y,) = run_ranks(joined_again, 2, case)
+        assert torch.equal(x, y)
+
+
 # The user's loop.
 
 
@@ -237,6 +260,16 @@ class Evaluates(Trainer):
             self.model.module(torch.zeros(1, 5))
 
 
+class LooksBeforeTheStep(Trainer):
+    """Evaluates and saves between a backward and its step."""
+
+    def optimize(self) -> None:
+        with self.state.averaged():
+            pass
+        self.state.state_dict()
+        super().optimize()
+
+
 class Stumbles(Trainer):
     """Its loop raises, is caught and goes on: before the forward, after it, after the step."""
 
@@ -274,7 +307,7 @@ def test_loops_that_change_nothing(make: MakeTrainer) -> None:
         assert_follows(case, [steps for steps, _, _ in runs], reference_trajectory(case, 2))
 
 
-@pytest.mark.parametrize("make", [Twice, Never])
+@pytest.mark.parametrize("make", [Twice, Never, LooksBeforeTheStep])
 def test_loops_that_step_otherwise_stay_in_the_same_rounds(make: MakeTrainer) -> None:
     """A round for every tau backwards, whatever the optimizers do; one model at the end."""
     cases = [*every_periodic(2), *every_periodic(3)]

@@ -26,6 +26,36 @@ def test_autocast_without_a_scaler() -> None:
     assert_ranks_follow(cases, run_ranks(trajectories, 2, cases))
 
 
+class AutocastScaledTrainer(Trainer):
+    """Both at once; on the CPU no gradient overflows."""
+
+    def __init__(self, case: Case) -> None:
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+        super().__init__(case, scaler=self.scaler)
+
+    def backward(self) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = loss(self.model, self.rank, self.steps)
+        torch.autograd.backward(self.scaler.scale(value))
+
+    def optimize(self) -> None:
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+
+def autocast_and_scaled(cases: Sequence[Case]) -> list[list[Tensor]]:
+    return [[t.step() for _ in range(t.case.steps)] for t in map(AutocastScaledTrainer, cases)]
+
+
+def test_autocast_with_a_scaler() -> None:
+    """The scale is a power of two, so that it changes no bit."""
+    cases = two_cases(backward=autocast_gradient, warmup_steps=1)
+    assert_ranks_follow(cases, run_ranks(autocast_and_scaled, 2, cases))
+
+
 def fused_sgd(model: nn.Module) -> Sequence[Optimizer]:
     return [SGD(trained(model), lr=0.05, momentum=0.9, nesterov=True, fused=True)]
 

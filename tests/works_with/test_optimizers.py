@@ -8,11 +8,18 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
-from tests.cases import Case, two_cases
+from tests.cases import PERIODIC, Case, two_cases, with_tau
 from tests.expected import assert_follows, assert_ranks_follow, reference_workers
 from tests.harness import run_ranks
 from tests.training import Form, Trainer, trajectories
-from tests.workload import MakeOptimizers, gradient, trained, weights_and_biases
+from tests.workload import (
+    MakeOptimizers,
+    adamw,
+    gradient,
+    nesterov_sgd,
+    trained,
+    weights_and_biases,
+)
 
 
 def foreach_sgd(model: nn.Module) -> Sequence[Optimizer]:
@@ -55,6 +62,50 @@ def test_two_optimizers_on_one_model(optimizers: MakeOptimizers, form: Form) -> 
         *two_cases(optimizers=optimizers),
     ]
     assert_ranks_follow(cases, run_ranks(trajectories, 2, cases, form))
+
+
+class ClosureTrainer(Trainer):
+    """Its optimizer runs forward and backward itself, as Lightning's loop does."""
+
+    def closure(self) -> float:
+        self.backward()
+        return 0.0
+
+    def step(self) -> Tensor:
+        self.steps += 1
+        (optimizer,) = self.optimizers
+        optimizer.step(self.closure)
+        optimizer.zero_grad()
+        return self.x
+
+
+def closure_trajectories(cases: Sequence[Case], form: Form) -> list[list[Tensor]]:
+    runs = []
+    for case in cases:
+        trainer = ClosureTrainer(case, form)
+        steps = [trainer.step() for _ in range(6)]
+        trainer.state.finish()
+        runs.append([*steps, *(trainer.step() for _ in range(6))])
+    return runs
+
+
+@pytest.mark.parametrize("form", ["register", "hook"])
+@pytest.mark.parametrize("optimizers", [nesterov_sgd, adamw])
+def test_a_closure(optimizers: MakeOptimizers, form: Form) -> None:
+    """The vectors must start before the first local update, of which the backward is part."""
+    cases = [
+        Case(name, arguments, warmup_steps, optimizers)
+        for name in PERIODIC
+        for tau in (1, 2)
+        for arguments in with_tau(name, tau)
+        for warmup_steps in (0, 2)
+    ]
+    for case, *real in zip(cases, *run_ranks(closure_trajectories, 2, cases, form), strict=True):
+        workers = reference_workers(case, 2)
+        expected = [workers.step(case.backward) for _ in range(6)]
+        workers.finish()
+        expected += [workers.step(case.backward) for _ in range(6)]
+        assert_follows(case, real, expected)
 
 
 def scheduled_trajectory(case: Case, form: Form) -> list[Tensor]:
