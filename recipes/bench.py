@@ -2,8 +2,8 @@
 
 Trains the same model with each of them over links of a chosen speed on this one machine, and shows
 step times as multiples of not communicating at all. Then measures what the library itself costs:
-a step, a boundary, memory, and draws the profile of two rounds. Takes about twelve minutes; with
---quick about one.
+a step, a boundary, memory, and draws the profile of two rounds. Takes about half an hour; with
+--quick about a minute.
 """
 
 import json
@@ -23,6 +23,7 @@ import tyro
 import wandb
 from rich.console import Console
 
+from benchmark.bars import bars_table, measured_bars
 from benchmark.contenders import skipped
 from benchmark.markdown import markdown
 from benchmark.picture import draw
@@ -45,6 +46,9 @@ class Bench:
         "2x50mbit",
         "2xunshaped",
         "4x200mbit",
+        "4x1gbit",
+        "4x50mbit",
+        "4xunshaped",
         "2x200mbit:resnet18",
     )
     """Networks, as RANKSxRATE, and :resnet18 for that load in place of the pretend accelerator."""
@@ -192,9 +196,12 @@ def run_trace(scale: Scale, measurer: Measurer, folder: Path, console: Console) 
 
 
 def log_to_wandb(
-    bench: Bench, results: Mapping[Cell, Sequence[Line]], picture: Path, folder: Path
+    bench: Bench,
+    results: Mapping[Cell, Sequence[Line]],
+    micro: Mapping[str, Sequence[Mapping[str, Any]]],
+    folder: Path,
 ) -> None:
-    """The same to W&B: a table, the picture, and every multiple in the summary."""
+    """The same to W&B: the tables, the pictures, and every multiple in the summary."""
     run = wandb.init(
         project="commhooks",
         name=f"bench {folder.name}",
@@ -213,16 +220,26 @@ def log_to_wandb(
         "multiple",
         "min",
         "max",
+        "exposed",
+        "hidden",
         "sent_per_step",
         "peak",
     ]
     table = wandb.Table(columns=columns)
     for cell, found in results.items():
         for line in found:
-            numbers = [*line.multiple, line.sent_per_step, line.peak]
+            measured = [line.exposed, line.hidden, line.sent_per_step, line.peak]
+            numbers = [*line.multiple, *measured]
             table.add_data(cell.title, line.contender, line.kind, *numbers)
             run.summary[f"multiple/{cell.title}/{line.contender}"] = line.multiple[0]
-    run.log({"results": table, "picture": wandb.Image(str(picture))})
+    record: dict[str, Any] = {"results": table}
+    for name, rows in micro.items():
+        heads: list[str | int] = list(rows[0])
+        values = [[str(v) if isinstance(v, tuple | list) else v for v in r.values()] for r in rows]
+        record[name] = wandb.Table(columns=heads, data=values)
+    for picture in folder.glob("*.png"):
+        record[picture.stem] = wandb.Image(str(picture))
+    run.log(record)
     run.finish()
 
 
@@ -254,18 +271,21 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         console.print(f"[bold red]a measurement failed with status {error.returncode}[/bold red]")
         return 1
+    bars = measured_bars(results, micro)
+    if bars:
+        console.print(bars_table(bars))
     if bench.record is not None:
         bench.record.write_text(json.dumps(medians(results, bench.tau), indent=1) + "\n")
     draw(results, bench.tau, folder / "bench.png")
     if bench.docs is not None:
         bench.docs.mkdir(parents=True, exist_ok=True)
         command = " ".join(["python recipes/bench.py", *sys.argv[1:]])
-        page = markdown(results, micro, command=command, tau=bench.tau)
+        page = markdown(results, micro, bars, command=command, tau=bench.tau)
         (bench.docs / "tables.inc").write_text(page)
         for picture in folder.glob("*.png"):
             shutil.copy(picture, bench.docs)
     if bench.wandb != "disabled":
-        log_to_wandb(bench, results, folder / "bench.png", folder)
+        log_to_wandb(bench, results, micro, folder)
     minutes = (time.monotonic() - started) / 60
     console.print(f"{minutes:.1f} minutes; records, picture and W&B run lie in {folder}")
     return 0

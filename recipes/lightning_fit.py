@@ -35,6 +35,7 @@ from common.options import FitOptions, read_command_line, refuse
 from common.report import write_json
 from common.session import require_workers, trains_on_cpu
 from common.text import load_text, whole_batches
+from common.tracking import comm_metrics
 from common.transformer import ByteTransformer
 
 _PRECISION = {"no": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -87,6 +88,10 @@ class Consensus(L.Callback):
         if trainer.strategy.root_device.type != "cuda":
             trainer.strategy.model.register_comm_hook(self.state, commhooks.comm_hook)
 
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.logger and trainer.global_step % trainer.log_every_n_steps == 0:
+            trainer.logger.log_metrics(comm_metrics(self.state.stats), step=trainer.global_step)
+
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
             self.validating.enter_context(self.state.averaged())
@@ -120,6 +125,9 @@ def build_trainer(config: Config, state: CommHookState | None) -> L.Trainer:
             project=fit.project,
             save_dir=str(fit.output_dir),
             offline=fit.wandb == "offline",
+            group=fit.group or "lightning",
+            job_type="train",
+            tags=[config.method.algorithm, "lightning", *fit.tags],
         )
     # begin: strategy
     strategy = DDPStrategy()

@@ -29,6 +29,7 @@ from common.options import FitOptions, read_command_line, refuse
 from common.report import write_json
 from common.session import require_workers, trains_on_cpu
 from common.text import Windows, load_text, whole_batches
+from common.tracking import comm_metrics
 from common.transformer import VOCABULARY
 
 # A label that no loss counts.
@@ -75,6 +76,11 @@ class ConsensusTrainer(Trainer):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.hook is not None:
+            logs = logs | comm_metrics(self.hook.state.stats)
+        super().log(logs, *args, **kwargs)
+
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         with self.consensus():
             super().save_model(*args, **kwargs)
@@ -102,8 +108,14 @@ def arguments(config: Config) -> TrainingArguments:
     """What Trainer is told."""
     fit = config.fit
     # Trainer's own W&B callback goes by these.
-    os.environ |= {"WANDB_PROJECT": fit.project, "WANDB_MODE": fit.wandb}
-    os.environ["WANDB_DIR"] = str(fit.output_dir)
+    os.environ |= {
+        "WANDB_PROJECT": fit.project,
+        "WANDB_MODE": fit.wandb,
+        "WANDB_DIR": str(fit.output_dir),
+        "WANDB_RUN_GROUP": fit.group or "trainer",
+        "WANDB_JOB_TYPE": "train",
+        "WANDB_TAGS": ",".join([config.method.algorithm, "trainer", *fit.tags]),
+    }
     fit.output_dir.mkdir(parents=True, exist_ok=True)
     return TrainingArguments(
         output_dir=str(fit.output_dir),

@@ -1,12 +1,13 @@
 """Pins state.stats: what it counts, in which units, and the distance to the consensus."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
 
 import commhooks
-from tests.cases import ALGORITHMS, PERIODIC, Case, one_case
+from tests.cases import ALGORITHMS, OVERLAPPED, PERIODIC, Case, one_case
 from tests.golden import made_up_gradient, unit_sgd, weight
 from tests.harness import run_ranks
 from tests.training import Trainer
@@ -76,6 +77,25 @@ def test_seconds_only_grow(algorithm: str) -> None:
         assert hidden == sorted(hidden)
         assert exposed[0] == hidden[0] == 0.0
         assert exposed[-1] > 0.0
+
+
+def arrived_and_evaluated(case: Case) -> list[commhooks.Stats]:
+    """When the round has arrived, and when an evaluation has waited for it."""
+    trainer = Trainer(case)
+    trainer.step()
+    deadline = time.monotonic() + 30
+    while trainer.state.stats.rounds_completed < 1 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    seen = [trainer.state.stats]
+    trainer.state.state_dict()
+    return [*seen, trainer.state.stats]
+
+
+@pytest.mark.parametrize("algorithm", OVERLAPPED)
+def test_a_round_that_has_arrived_counts_as_hidden_whoever_waits_for_it(algorithm: str) -> None:
+    for arrived, waited in run_ranks(arrived_and_evaluated, 2, one_case(algorithm, 1)):
+        assert arrived.rounds_completed == waited.rounds_completed == 1
+        assert arrived.seconds_hidden == waited.seconds_hidden > 0.0
 
 
 @pytest.mark.parametrize(

@@ -100,8 +100,8 @@ class Engine:
 
     @property
     def boundary_due(self) -> bool:
-        """Whether a boundary waits for the optimizers, or was cut short while it waited."""
-        return self._due or self._left_open
+        """Whether a boundary waits for the optimizers, was cut short, or has failed for good."""
+        return self._due or self._left_open or self._failure is not None
 
     @property
     def _due(self) -> bool:
@@ -171,11 +171,9 @@ class Engine:
         Raises:
             RoundError: a round failed, now or before.
         """
-        if self._left_open:
+        if self._left_open or self._failure is not None:
             self.drain()
         while self._due:
-            if self._failure is not None:
-                raise RoundError(*self._failure)
             if not self._started:
                 self._start()
             self.drain()
@@ -270,7 +268,11 @@ class Engine:
         self._averager.settle()
         meter = self._meter
         meter.settle(wait=True)
-        arrived = self._round is not None and self._round.done
+        hidden, arrived = meter.seconds_hidden, False
+        if self._round is not None and self._round.done:
+            # Whether it is waited for at a boundary or by an evaluation, it was hidden until now.
+            arrived = True
+            hidden += max(0.0, self._round.arrived.seconds_since(self._round.launched))
         square = 0.0 if self._squared_distance is None else self._squared_distance.read().item()
         return Stats(
             step=self.schedule.step,
@@ -278,7 +280,7 @@ class Engine:
             rounds_completed=meter.rounds_used + arrived,
             bytes_reduced=meter.bytes_reduced,
             seconds_exposed=meter.seconds_exposed,
-            seconds_hidden=meter.seconds_hidden,
+            seconds_hidden=hidden,
             consensus_distance=math.sqrt(square),
         )
 

@@ -35,6 +35,6 @@ class Meter:
         """Count what is over; with ``wait`` everything, once it is."""
         while self._open and (wait or all(moment.passed for moment in self._open[0])):
             launched, arrived, wait_began, wait_ended = self._open.popleft()
-            waited = max(0.0, wait_ended.seconds_since(wait_began))
-            self.seconds_exposed += waited
-            self.seconds_hidden += max(0.0, arrived.seconds_since(launched) - waited)
+            seen = max(0.0, arrived.seconds_since(wait_began))
+            self.seconds_exposed += max(0.0, wait_ended.seconds_since(wait_began))
+            self.seconds_hidden += max(0.0, arrived.seconds_since(launched) - seen)

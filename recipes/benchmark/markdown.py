@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmark.bars import Bar
 from benchmark.results import Cell, Line
 from common.markdown import machine, markdown_table
 
@@ -12,12 +13,16 @@ __all__ = ["markdown"]
 def markdown(
     results: Mapping[Cell, Sequence[Line]],
     micro: Mapping[str, Sequence[Mapping[str, Any]]],
+    bars: Sequence[Bar],
     *,
     command: str,
     tau: int,
 ) -> str:
     """Command, machine and tables."""
     parts = [f"Printed by `{command}` on {machine()}, tau={tau}."]
+    if bars:
+        head = ("", "bar", "measured")
+        parts += ["### In short", markdown_table(head, [(b.what, b.bar, b.measured) for b in bars])]
     for cell, found in results.items():
         parts += [f"### {cell.title}", _race(found)]
     if micro:

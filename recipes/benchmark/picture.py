@@ -19,6 +19,8 @@ _MARKERS = {
     "blocking": ("s", "none"),
 }
 _OVERLAPPED = ("o", "full")
+# As many as can be read at a page's width.
+_COLUMNS = 2
 _LABELS = {
     "step": "waits at every step",
     "blocking": "waits every tau steps",
@@ -29,12 +31,17 @@ _LABELS = {
 def draw(results: Mapping[Cell, Sequence[Line]], tau: int, path: Path) -> None:
     """One panel a cell, one row a contender; a dot at the median, a bar from least to most."""
     names = list(dict.fromkeys(line.contender for lines in results.values() for line in lines))
-    height = 1.3 + 0.26 * len(names)
-    figure = Figure(figsize=(3.2 + 2.6 * len(results), height), layout="constrained")
+    columns = min(_COLUMNS, len(results))
+    rows = -(-len(results) // columns)
+    size = (3.2 + 2.6 * columns, 0.8 + (0.5 + 0.24 * len(names)) * rows)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
-    for panel, (cell, lines) in zip(panels, results.items(), strict=True):
-        panel.set_title(cell.title.replace(", ", "\n", 1), fontsize=9)
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    panels = list(grid.flat)
+    for panel in panels[len(results) :]:
+        panel.set_axis_off()
+    for panel, (cell, lines) in zip(panels, results.items(), strict=False):
+        panel.set_title(cell.title, fontsize=9)
         panel.axvline(1.0, color="0.6", linewidth=0.8)
         for line in lines:
             row = len(names) - 1 - names.index(line.contender)

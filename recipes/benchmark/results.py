@@ -76,7 +76,7 @@ def medians(results: Mapping[Cell, Sequence[Line]], tau: int) -> list[dict[str, 
             "step_ms": round(1e3 * line.step_seconds, 3),
         }
         for cell, found in results.items()
-        if cell.load == "pretend"
+        if cell.load == "pretend" and cell.rate != "unshaped"
         for line in found
         if line.contender != ALONE
     ]

@@ -164,6 +164,10 @@ class FitOptions:
     """offline needs no account and no network; wandb sync uploads such runs later."""
     project: str = "commhooks"
     """W&B project."""
+    group: Annotated[str | None, _option("NAME")] = None
+    """W&B group, for runs to be compared; by default the framework's name."""
+    tags: Annotated[tuple[str, ...], _option("TAG [TAG ...]")] = ()
+    """W&B tags besides the algorithm and the framework."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "batch_size", "max_steps", "accumulate"):

@@ -15,7 +15,7 @@ import commhooks
 from commhooks import Stats
 from common.options import RunOptions
 
-__all__ = ["RunIdentity", "Tracker", "versions"]
+__all__ = ["RunIdentity", "Tracker", "comm_metrics", "versions"]
 
 # Every record carries all of these, so that any metric can be drawn against any of them.
 _AXES = ("train/step", "train/samples", "time/seconds")
@@ -54,6 +54,11 @@ def versions() -> dict[str, str]:
         "commhooks": commhooks.__version__,
         **{package: version(package) for package in _PACKAGES},
     }
+
+
+def comm_metrics(stats: Stats) -> dict[str, float]:
+    """A state's counters by the names they have in W&B."""
+    return {f"comm/{name}": value for name, value in asdict(stats).items()}
 
 
 class Tracker:
@@ -128,7 +133,7 @@ class Tracker:
             **{f"by_time/{name}": value for name, value in curves.items()},
         }
         if stats is not None:
-            record.update({f"comm/{name}": value for name, value in asdict(stats).items()})
+            record |= comm_metrics(stats)
         self._accelerator.log(record)
 
     def summarise(self, results: Mapping[str, Any]) -> None:

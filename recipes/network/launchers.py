@@ -77,6 +77,11 @@ def environment_of(place: Place, environment: Mapping[str, str]) -> dict[str, st
         "NCCL_SOCKET_IFNAME": place.interface,
         "TP_SOCKET_IFNAME": place.interface,
     }
+    gpus = _gpus(environment)
+    if gpus:
+        # One each, as if on machines of their own, or none at all.
+        own = gpus[place.rank] if len(gpus) >= place.ranks else ""
+        rendezvous["CUDA_VISIBLE_DEVICES"] = own
     defaults = {
         # More threads than cores slow all of them down; PyTorch would start one a core and rank.
         "OMP_NUM_THREADS": str(max(1, cores)),
@@ -84,6 +89,15 @@ def environment_of(place: Place, environment: Mapping[str, str]) -> dict[str, st
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     return {**defaults, **environment, **rendezvous}
+
+
+def _gpus(environment: Mapping[str, str]) -> list[str]:
+    """The GPUs that a process would find here, as CUDA_VISIBLE_DEVICES names them."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    found = Path("/proc/driver/nvidia/gpus")
+    return [str(number) for number, _ in enumerate(found.iterdir())] if found.is_dir() else []
 
 
 def _accelerate_options(words: Sequence[str]) -> int | None:

@@ -54,6 +54,20 @@ def link(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def environment(rank: int, **variables: str) -> dict[str, str]:
+    place = Place(rank=rank, ranks=2, address="10.0.0.1", port=29500, interface="link0")
+    return environment_of(place, variables)
+
+
+@pytest.mark.parametrize(
+    ("visible", "own"), [("4,7", ["4", "7"]), ("0,1,2", ["0", "1"]), ("3", ["", ""])]
+)
+def test_ranks_share_no_gpu(visible: str, own: list[str]) -> None:
+    """Each is alone on its machine, as far as it knows, and would take the first one."""
+    found = [environment(rank, CUDA_VISIBLE_DEVICES=visible) for rank in range(2)]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == own
+
+
 @shapes
 def test_rate_holds_and_bytes_are_counted(tmp_path: Path) -> None:
     report = tmp_path / "link.json"

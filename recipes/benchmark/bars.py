@@ -1,0 +1,133 @@
+"""What the library is to reach, and what the benchmark has measured of it, one figure each."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from benchmark.contenders import ALONE
+from benchmark.results import Cell, Line
+
+__all__ = ["Bar", "bars_table", "measured_bars"]
+
+# A round has room for this much unevenness before a boundary waits for it.
+_SLACK = 1.2
+# In units of the parameters, the shared bucket left out.
+_VECTORS = {
+    "LocalSGD": 1,
+    "OverlapLocalSGD": 1,
+    "OverlapLocalSGD, beta=0.7": 3,
+    "EASGD": 1,
+    "CoCoDSGD": 2,
+    "BMUF": 3,
+}
+_BUCKET_BYTES = 25 * 2**20
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One line: what is measured, the bar, the worst that was measured."""
+
+    what: str
+    bar: str
+    measured: str
+
+
+def measured_bars(
+    results: Mapping[Cell, Sequence[Line]],
+    micro: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> list[Bar]:
+    """Those for which something was measured, on the pretend accelerator."""
+    cells = {cell: {line.contender: line for line in found} for cell, found in results.items()}
+    cells = {cell: found for cell, found in cells.items() if cell.load == "pretend"}
+    return [*_of_races(cells), *_of_micro(micro)]
+
+
+def _of_races(cells: Mapping[Cell, Mapping[str, Line]]) -> Iterator[Bar]:
+    hidden, paced, faster, sent = [], [], [], []
+    for cell, found in cells.items():
+        ours = [line for name, line in found.items() if name.startswith("commhooks")]
+        overlapped = [line.multiple[0] for line in ours if line.kind == "overlapped"]
+        if not overlapped or ALONE not in found:
+            continue
+        alone = found[ALONE].multiple[0]
+        if _SLACK * alone <= 1:
+            hidden += overlapped
+        elif alone > 1:
+            paced += [multiple / alone for multiple in overlapped]
+        if "DDP" in found and (cell.ranks, cell.rate) == (2, "200mbit"):
+            faster += [found["DDP"].multiple[0] / multiple for multiple in overlapped]
+        ideal = 2 * (cell.ranks - 1) / cell.ranks
+        sent += [
+            line.sent / (ideal * line.parameters)
+            for line in ours
+            if line.sent is not None and line.kind != "step"
+        ]
+    if hidden:
+        yield Bar(
+            "overlapped, where tau steps take 1.2 x the all-reduce or more: x no communication",
+            "at most 1.01",
+            _range(hidden, 3),
+        )
+    if faster:
+        yield Bar(
+            "overlapped, 2 ranks at 200mbit: times faster than DDP",
+            "at least 5.8",
+            _range(faster, 2),
+        )
+    if paced:
+        yield Bar(
+            "overlapped, where the all-reduce takes longer than tau steps: x the all-reduce alone",
+            "at most 1.03",
+            _range(paced, 3),
+        )
+    if sent:
+        yield Bar(
+            "bytes on the wire a round, headers included: x 2 (m - 1) / m x the parameters",
+            "at most 1.06",
+            _range(sent, 3),
+        )
+
+
+def _of_micro(micro: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Bar]:
+    if overheads := [record["difference_us"] for record in micro.get("overheads", ())]:
+        yield Bar(
+            "a step that is no boundary, 1 to 64 buckets: µs above an identity hook",
+            "at most 150",
+            _range(overheads, 0),
+        )
+    boundaries = micro.get("boundaries", ())
+    if copies := [record["copies"][0] for record in boundaries]:
+        yield Bar(
+            "a boundary, all-reduce done: x a copy of the parameters",
+            "at most 4",
+            _range(copies, 2),
+        )
+    above = [
+        (record["extra"] - _VECTORS[record["algorithm"]]) * 4 * record["parameters"] / _BUCKET_BYTES
+        for record in boundaries
+    ]
+    if above:
+        yield Bar(
+            "memory kept above the algorithm's 1, 1 or 3, 1, 2, 3 models: buckets of 25 MiB",
+            "at most 1",
+            _range(above, 2),
+        )
+
+
+def bars_table(bars: Sequence[Bar]) -> Table:
+    """For the terminal."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("commhooks, pretend accelerator")
+    table.add_column("bar", no_wrap=True)
+    table.add_column("measured", no_wrap=True, justify="right")
+    for bar in bars:
+        table.add_row(bar.what, bar.bar, bar.measured)
+    return table
+
+
+def _range(values: Sequence[float], digits: int) -> str:
+    least, most = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return least if least == most else f"{least} to {most}"
