@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from commhooks.engine.communicator import Communicator
-from commhooks.engine.devices import Moment
+from commhooks.engine.devices import Moment, catch_up_with_callbacks
 from commhooks.engine.layout import Bucket, build_buckets
 from commhooks.engine.meter import Meter
 from commhooks.engine.ticket import Ticket
@@ -82,6 +82,7 @@ class Consensus:
                     bucket.gather(flat)
                     # Divided before the sum, which then overflows where a number does.
                     communicator.all_reduce(flat.mul_(1.0 / communicator.size)).wait()
+                    catch_up_with_callbacks(bucket.device)
                     meter.bytes_reduced += bucket.nbytes
                     bucket.scatter(flat)
         except BaseException:

@@ -16,7 +16,7 @@ _STEP_S = 0.3
 _LATENCY_S = 50e-6
 _BYTES = 4
 _GBITS = [10 ** (exponent / 12) for exponent in range(32)] + [400.0]
-_WORKERS = {8: 0.9, 1024: 2.0}
+_WORKERS = {8: 0.7, 128: 1.4, 1024: 2.2}
 _TAU = 32
 _CURVES = {"AllReduce": "-", "LocalSGD": "--", "OverlapLocalSGD": ":"}
 _BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
@@ -60,7 +60,7 @@ def draw_taus() -> Figure:
             _curve(panels[0], workers, tau, style, width, f"{name}, {workers:,} workers")
     panels[0].set_yscale("log")
     panels[0].yaxis.set_major_formatter("{x:g}")
-    panels[0].set_ylabel("tau", fontsize=SMALL)
+    panels[0].set_ylabel("tau (steps)", fontsize=SMALL)
     _finish(figure, panels, columns=2)
     return figure
 

@@ -24,7 +24,7 @@ __all__ = ["draw_all"]
 
 Looks = dict[Method, Look]
 
-_LOSS = "test loss"
+_LOSS = "test loss (nats)"
 _ACCURACY = "test accuracy (%)"
 _CURVE_HEIGHT = 1.9
 # About as many markers on a curve, whatever its length.

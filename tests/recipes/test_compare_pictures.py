@@ -13,8 +13,8 @@ from tests.recipes.recorded_runs import recorded, result, results
 
 NAMES = ["accuracy-megabytes", "accuracy-tau", "exposed", "loss-seconds", "loss-steps"]
 LABELS = {
-    "loss-steps": ("optimizer steps", "test loss"),
-    "loss-seconds": ("training time (s)", "test loss"),
+    "loss-steps": ("optimizer steps", "test loss (nats)"),
+    "loss-seconds": ("training time (s)", "test loss (nats)"),
     "accuracy-megabytes": ("sent by each worker (MB)", "test accuracy (%)"),
     "exposed": ("communication (s)", ""),
     "accuracy-tau": ("tau (steps between two averagings)", "test accuracy (%)"),
