@@ -105,4 +105,4 @@ def test_command_line() -> None:
     )
     for algorithm in ALGORITHMS:
         assert algorithm.name in done.stdout
-    assert "The smallest tau that hides it under the steps is 26." in done.stdout
+    assert "The smallest tau that hides it under the steps is 27." in done.stdout

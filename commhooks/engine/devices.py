@@ -17,9 +17,9 @@ __all__ = [
     "keep_for_this_stream",
 ]
 
-# A chunk of the vectors a rule touches together should stay in a core's own cache from the first
-# operation of the rule to its last; 64 Ki fp32 numbers are 256 KiB, and a rule touches up to five.
-_CPU_CHUNK_NUMEL = 64 * 1024
+# What a rule touches together should stay in a core's own cache from its first operation to its
+# last, and an operation should take longer than its call; 128 Ki fp32 numbers are 512 KiB.
+_CPU_CHUNK_NUMEL = 128 * 1024
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -25,6 +25,7 @@ from commhooks.engine.refused_backward import raise_after_backward
 from commhooks.engine.round import Round
 from commhooks.engine.rules import Rules
 from commhooks.engine.schedule import Schedule
+from commhooks.engine.ticket import total
 from commhooks.engine.uninterrupted import uninterrupted
 from commhooks.errors import RegistrationError, RoundError
 from commhooks.stats import Stats
@@ -399,10 +400,10 @@ class Engine:
                         rule(x=x, **vectors)
                     if mixing:
                         chunk.write_back()
-            total = torch.stack([p.to(self.device, torch.float64) for p in probes]).sum()
+            probe = total(probes, self.device)
             if mixing:
-                self._squared_distance = HostCopy(total)
-        self._probes = [total]
+                self._squared_distance = HostCopy(probe)
+        self._probes = [probe]
 
     def _fail(self, number: int, cause: str) -> NoReturn:
         name, ranks = type(self._rules).__name__, tuple(self.communicator.ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,10 +12,19 @@ from commhooks.engine.communicator import Communicator
 from commhooks.engine.devices import HostCopy
 from commhooks.engine.exit_guard import landing
 
-__all__ = ["Ticket"]
+__all__ = ["Ticket", "total"]
 
 _POINT, _NUMBER, _NOT_FINITE = range(3)
 _POINTS = ("round {}", "averaged() or finish() after round {}")
+
+
+def total(probes: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The sum of scalars of any format, anywhere, in fp64 on ``device``, in few operations."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for probe in probes:
+        kinds.setdefault((probe.device, probe.dtype), []).append(probe)
+    sums = [torch.stack(same).sum(dtype=torch.float64).to(device) for same in kinds.values()]
+    return torch.stack(sums).sum()
 
 
 class Ticket:
@@ -47,8 +57,8 @@ class Ticket:
         self._slots[_POINT, self._mine] = float(consensus)
         self._slots[_NUMBER, self._mine] = float(number)
         if probes:
-            total = torch.stack([probe.to(device, torch.float64) for probe in probes]).sum()
-            self._slots[_NOT_FINITE, self._mine] = (~torch.isfinite(total)).double()
+            finite = torch.isfinite(total(probes, device))
+            self._slots[_NOT_FINITE, self._mine] = (~finite).double()
         self._copy: HostCopy | None = None
         self._future = communicator.all_reduce(self._slots).then(landing(self._fetch))
 

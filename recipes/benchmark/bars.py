@@ -63,7 +63,7 @@ def _of_races(cells: Mapping[Cell, Mapping[str, Line]]) -> Iterator[Bar]:
         sent += [
             line.sent / (ideal * line.parameters)
             for line in ours
-            if line.sent is not None and line.kind != "step"
+            if line.sent is not None and line.kind != "step" and cell.rate != "unshaped"
         ]
     if hidden:
         yield Bar(
@@ -85,7 +85,7 @@ def _of_races(cells: Mapping[Cell, Mapping[str, Line]]) -> Iterator[Bar]:
         )
     if sent:
         yield Bar(
-            "bytes on the wire a round, headers included: x 2 (m - 1) / m x the parameters",
+            "bytes on a shaped wire a round, headers included: x 2 (m - 1) / m x the parameters",
             "at most 1.06",
             _range(sent, 3),
         )

@@ -21,12 +21,12 @@ from commhooks import CommHookState
 __all__ = ["Boundary", "Overhead", "boundaries", "overheads"]
 
 _ALGORITHMS: dict[str, Callable[[], CommHookState]] = {
-    "LocalSGD": lambda: commhooks.LocalSGD(1),
-    "OverlapLocalSGD": lambda: commhooks.OverlapLocalSGD(1),
-    "OverlapLocalSGD, beta=0.7": lambda: commhooks.OverlapLocalSGD(1, beta=0.7),
-    "EASGD": lambda: commhooks.EASGD(1),
-    "CoCoDSGD": lambda: commhooks.CoCoDSGD(1),
-    "BMUF": lambda: commhooks.BMUF(1),
+    "LocalSGD": lambda: commhooks.LocalSGD(1, warmup_steps=1),
+    "OverlapLocalSGD": lambda: commhooks.OverlapLocalSGD(1, warmup_steps=1),
+    "OverlapLocalSGD, beta=0.7": lambda: commhooks.OverlapLocalSGD(1, beta=0.7, warmup_steps=1),
+    "EASGD": lambda: commhooks.EASGD(1, warmup_steps=1),
+    "CoCoDSGD": lambda: commhooks.CoCoDSGD(1, warmup_steps=1),
+    "BMUF": lambda: commhooks.BMUF(1, warmup_steps=1),
 }
 _TENSORS = 64
 _TENSOR_NUMEL = 1024
@@ -132,10 +132,13 @@ def _boundary(name: str, state: CommHookState, blocks: int, rounds: int) -> Boun
         dist.barrier()
 
     state.register(model, optimizer)
+    # A step of warm-up, for the gradients.
     model(batch).sum().backward()
+    optimizer.step()
     # The model of the algorithm before was part of a cycle.
     gc.collect()
     before = live_bytes()
+    model(batch).sum().backward()
     optimizer.step()
     land()
     after_first = live_bytes()

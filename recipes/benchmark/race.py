@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 from benchmark.contenders import ALONE, BASELINE, Attached, Contender
 from benchmark.loads import Load, LoadName, Pretend, build_load
 from benchmark.memory import peak_bytes, release, reset_peak
+from commhooks import Stats
 from network.switch import sent_bytes
 
 __all__ = ["Race", "Sample", "race"]
@@ -120,9 +121,8 @@ def _turn(plan: Race, contender: Contender, repeat: int) -> list[Sample]:
         attached = contender.attach(model, optimizer, plan.tau, stack)
         turn = _Turn(plan, contender, load, model, optimizer, attached)
         turn.warm_up()
-        times = turn.windows()
+        times, stats = turn.windows()
         sent = turn.sent_per_synchronisation()
-        stats = attached.state.stats if attached.state is not None else None
         parameters = sum(p.numel() * p.element_size() for p in model.parameters())
         mine = {"times": times, "sent": sent, "peak": peak_bytes() - resident}
         ranks: list[Any] = [None] * dist.get_world_size()
@@ -219,18 +219,20 @@ class _Turn:
             dist.barrier()
         self._before = self._count()
 
-    def windows(self) -> list[float]:
-        """Seconds of each stretch."""
+    def windows(self) -> tuple[list[float], Stats | None]:
+        """Seconds of each stretch, and our states' counters at the end."""
         times = []
         for _ in range(self._windows):
             start = time.perf_counter()
             for _ in range(self.steps_per_window):
                 self._step()
             times.append(time.perf_counter() - start)
+        state = self._attached.state
+        stats = None if state is None else state.stats
         if self._kind == "overlapped":
             self._land()
         self._after = self._count()
-        return times
+        return times, stats
 
     def sent_per_synchronisation(self) -> float | None:
         """Bytes this rank put on the wire for one all-reduce of the model or of the gradients."""
