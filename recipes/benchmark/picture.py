@@ -67,7 +67,7 @@ def draw(results: Mapping[Cell, Sequence[Line]], tau: int, path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(names)), reversed(names))
     figure.supxlabel(f"step time, in units of no communication (tau={tau})", fontsize=9)
-    figure.legend(handles=_legend(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(handles=_legend(), loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
