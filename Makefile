@@ -44,7 +44,7 @@ test: $(STAMP) ## Run the tests (TESTFLAGS="..." goes to pytest)
 
 .PHONY: soak
 soak: $(STAMP) ## Run the tests that take many minutes: kills, cut links, thousands of rounds
-	$(BIN)/python -m pytest -m soak $(TESTFLAGS)
+	$(BIN)/python -m pytest -m soak --numprocesses=0 $(TESTFLAGS)
 
 .PHONY: lint
 lint: $(STAMP) ## Check style (ruff) and types (strict mypy)
