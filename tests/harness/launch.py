@@ -26,17 +26,7 @@ TIMEOUT = 60.0
 GRACE = 3.0
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "torch",
-        "torch._dynamo",
-        "torch.nn.parallel",
-        "torch.distributed.nn",
-        "accelerate",
-        "pytest",
-        "hypothesis",
-    ]
-)
+_context.set_forkserver_preload(["tests.harness.preload"])
 
 
 def run_ranks(
