@@ -22,7 +22,18 @@ from tests.harness.worker import Task
 
 
 class ScriptFailed(Exception):
-    """The script ended with another status than 0; the message says what it printed."""
+    """The script ended with another status than 0; ``printed`` is what all ranks printed."""
+
+    def __init__(self, message: str, printed: str) -> None:
+        super().__init__(message, printed)
+        self.printed = printed
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}\n{self.printed}".rstrip()
+
+
+class Status(Exception):
+    """A rank's own end, where that was no success."""
 
 
 def run_script(
@@ -45,7 +56,7 @@ def run_script(
     printed = "".join(end.output for end in ends)
     if failures := [end for end in ends if end.error is not None]:
         causes = [f"rank {end.rank}: {end.error}" for end in failures]
-        raise ScriptFailed("\n".join([f"{script.name} failed", *causes, printed]).rstrip())
+        raise ScriptFailed("\n".join([f"{script.name} failed", *causes]), printed)
     return printed
 
 
@@ -90,4 +101,4 @@ def _as_main(script: str, arguments: list[str], folder: str, variables: dict[str
         status = 1
     atexit._run_exitfuncs()
     if status != 0:
-        raise ScriptFailed(f"status {status}")
+        raise Status(f"status {status}")

@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 import wandb  # noqa: F401
 
 import common.torchvision_cpu  # noqa: F401 (needs the path above)
+import compare  # noqa: F401
 import language  # noqa: F401
 import vision  # noqa: F401
 
