@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import commhooks
-from commhooks.engine.communicator import Communicator
-from commhooks.engine.layout import build_buckets
-from commhooks.engine.round import Round
+from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.rounds.round import Round
+from commhooks.engine.vectors.buckets import build_buckets
 from tests.cases import Case, two_cases
 from tests.expected import assert_follows, reference_trajectory
 from tests.harness import run_ranks

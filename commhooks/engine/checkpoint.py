@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from commhooks.engine.layout import Bucket
+from commhooks.engine.vectors.buckets import Bucket
 from commhooks.errors import CheckpointError
 
 __all__ = ["check_identity", "check_shapes", "dump_vectors", "load_vectors", "shapes"]
 
-FORMAT = 3
+FORMAT = 4
 """Version of the dictionary's layout; a later one that reads differently gets another number.
 
-2 added ``gradient_buckets``, without which a resume is not exact where gradients are averaged; 3
-the parameters' ``shapes``, since not every state keeps vectors to tell another model by.
+3 added the parameters' ``shapes``, since not every state keeps vectors to tell another model by; 4
+took out the layout of DDP's gradient buckets.
 """
 
 

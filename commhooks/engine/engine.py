@@ -10,23 +10,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from commhooks.engine.bucket_layout import BucketLayout
 from commhooks.engine.checkpoint import check_shapes, dump_vectors, load_vectors, shapes
-from commhooks.engine.communicator import Communicator, done
-from commhooks.engine.consensus import Consensus
-from commhooks.engine.devices import HostCopy, Moment
-from commhooks.engine.gradients import GradientAverager
-from commhooks.engine.layout import build_buckets
+from commhooks.engine.guards.interrupts import uninterrupted
+from commhooks.engine.guards.refused_backward import raise_after_backward
 from commhooks.engine.meter import Meter
-from commhooks.engine.refused_backward import raise_after_backward
-from commhooks.engine.round import Round
+from commhooks.engine.network.communicator import Communicator, done
+from commhooks.engine.network.gradients import GradientAverager
+from commhooks.engine.network.ticket import total
+from commhooks.engine.rounds.consensus import Consensus
+from commhooks.engine.rounds.round import Round
+from commhooks.engine.rounds.schedule import Schedule
 from commhooks.engine.rules import Rules
-from commhooks.engine.schedule import Schedule
-from commhooks.engine.ticket import total
-from commhooks.engine.uninterrupted import uninterrupted
+from commhooks.engine.vectors.buckets import build_buckets
+from commhooks.engine.vectors.devices import HostCopy, Moment
 from commhooks.errors import RegistrationError, RoundError
 from commhooks.stats import Stats
 
@@ -64,8 +62,7 @@ class Engine:
         self._rules = rules
         self._cap_bytes = cap_bytes
         self._meter = Meter()
-        self._bucket_layout = BucketLayout()
-        self._averager = GradientAverager(self.communicator, self._meter, self._bucket_layout)
+        self._averager = GradientAverager(self.communicator, self._meter)
         self._buckets = build_buckets((), cap_bytes)
         self._started = False
         self._drifted = False
@@ -78,18 +75,9 @@ class Engine:
         self.device = torch.device("cpu")
         self._shadowed = False
 
-    def attach(
-        self, parameters: Iterable[Tensor], ddp: DistributedDataParallel | None = None
-    ) -> None:
-        """Take hold of the parameters, in an order that is the same on every rank.
-
-        Args:
-            parameters: those that DDP reduces.
-            ddp: the model, if it is known before its first backward.
-        """
-        parameters = list(parameters)
+    def attach(self, parameters: Iterable[Tensor]) -> None:
+        """Take hold of the parameters that DDP reduces, in the same order on every rank."""
         self._buckets = build_buckets(parameters, self._cap_bytes)
-        self._bucket_layout.attach(parameters, ddp)
         self.device = self._buckets[0].device
 
     # Steps.
@@ -118,10 +106,8 @@ class Engine:
 
         Inside ``averaged()`` the backward ends in a RegistrationError and is no step.
         """
-        self._bucket_layout.note(bucket)
         if self._consensus is not None:
             if bucket.is_last():
-                self._bucket_layout.end_backward()
                 raise_after_backward(
                     RegistrationError(
                         "A backward ran inside averaged(), whose parameters are put back at its "
@@ -133,7 +119,6 @@ class Engine:
         averaging = self.averages_gradients
         gradient = self._averager.average(bucket) if averaging else done(bucket.buffer())
         if bucket.is_last():
-            self._bucket_layout.end_backward()
             if not averaging and not self._started:
                 # Now, since what comes next may be an optimizer already in its step, whose closure
                 # this backward is part of.
@@ -308,7 +293,6 @@ class Engine:
             "started": self._started,
             "drifted": self._drifted,
             "disabled": self.disabled,
-            "gradient_buckets": self._bucket_layout.dump(),
             "shapes": shapes(self._buckets),
             "vectors": dump_vectors(self._buckets, names),
         }
@@ -329,15 +313,10 @@ class Engine:
         """
         check_shapes(saved["shapes"], shapes(self._buckets))
         self.drain()
-        # Bits can be the same on as many ranks only.
-        gradient_buckets = saved["gradient_buckets"] if same_ranks else None
-        self._bucket_layout.check(gradient_buckets)
         go_on: bool = saved["started"] and (same_ranks or self._rules.portable)
         if go_on:
             self._allocate()
             load_vectors(self._buckets, saved["vectors"])
-        steps = saved["schedule"]["step"] if same_ranks else 0
-        self._bucket_layout.load(gradient_buckets, steps)
         self._started = go_on
         self._drifted = saved["drifted"]
         self.disabled = saved["disabled"]

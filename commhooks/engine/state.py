@@ -16,12 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from commhooks.engine.agreement import agree
 from commhooks.engine.checkpoint import FORMAT, check_identity
-from commhooks.engine.communicator import done
-from commhooks.engine.consensus import averageable_buffers
 from commhooks.engine.engine import Engine
-from commhooks.engine.registration import (
+from commhooks.engine.network.agreement import agree
+from commhooks.engine.network.communicator import done
+from commhooks.engine.rounds.consensus import averageable_buffers
+from commhooks.engine.rules import Rules
+from commhooks.engine.steps.optimizers import GivenOptimizers, LearnedOptimizers, unwrap_ddp
+from commhooks.engine.steps.registration import (
     check_group,
     check_model,
     check_optimizers,
@@ -30,9 +32,7 @@ from commhooks.engine.registration import (
     require_process_group,
     synchronized_parameters,
 )
-from commhooks.engine.rules import Rules
-from commhooks.engine.uneven import ShadowRounds
-from commhooks.engine.watcher import GivenOptimizers, LearnedOptimizers, unwrap_ddp
+from commhooks.engine.steps.uneven import ShadowRounds
 from commhooks.errors import CheckpointError, HyperParameterError, RegistrationError
 from commhooks.hook import comm_hook
 from commhooks.hyperparameters import integer_at_least, positive_real
@@ -156,7 +156,7 @@ class CommHookState(Rules, Joinable):
         agree(group, facts, refusal)
         assert ddp is not None
         engine = self._build_engine(group)
-        engine.attach(parameters.values(), ddp)
+        engine.attach(parameters.values())
         self._load_together(engine, "register")
         ddp.register_comm_hook(self, comm_hook)
         self._engine = engine

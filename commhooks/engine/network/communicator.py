@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commhooks.engine.exit_guard import closed_at_exit, landing
+from commhooks.engine.guards.process_exit import closed_at_exit, landing
 
 __all__ = ["Communicator", "done"]
 
@@ -30,8 +30,8 @@ class Communicator:
     """Collectives over a private copy of a process group.
 
     A group of its own keeps the library's background traffic from reordering or delaying the
-    user's collectives, and can be ended with the process, see
-    :mod:`commhooks.engine.exit_guard`. Making it is collective over the parent's ranks alone.
+    user's collectives, and can be ended with the process (:mod:`commhooks.engine.guards`). Making
+    it is collective over the parent's ranks alone.
 
     Groups are kept alive by torch alone, until ``destroy_process_group``. The backend's threads
     hold callbacks, and through them this object, for a moment longer than anybody waits for; were a
@@ -94,14 +94,6 @@ class Communicator:
     def _stages_on_host(self) -> bool:
         """Whether the backend copies CUDA tensors to the host and back, as gloo does."""
         return self._backend == "gloo" or "cuda:gloo" in self._backend
-
-    def from_first(self, value: T) -> T:
-        """The first rank's ``value``, on every rank. Collective; blocks."""
-        if self.size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, group=self.parent, group_src=0)
-        return values[0]
 
     def close(self) -> None:
         """End the group's threads, at the end of the process; nothing may be in flight."""

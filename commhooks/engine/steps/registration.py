@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from commhooks.engine.watcher import owns
+from commhooks.engine.steps.optimizers import owns
 from commhooks.errors import RegistrationError
 
 __all__ = [

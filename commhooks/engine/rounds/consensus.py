@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from commhooks.engine.communicator import Communicator
-from commhooks.engine.devices import Moment, catch_up_with_callbacks
-from commhooks.engine.layout import Bucket, build_buckets
+from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.meter import Meter
-from commhooks.engine.ticket import Ticket
-from commhooks.engine.uninterrupted import uninterrupted
+from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.network.ticket import Ticket
+from commhooks.engine.vectors.buckets import Bucket, build_buckets
+from commhooks.engine.vectors.devices import Moment, catch_up_with_callbacks
 
 __all__ = ["Consensus", "averageable_buffers"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from commhooks.engine.communicator import Communicator
-from commhooks.engine.devices import HostCopy
-from commhooks.engine.exit_guard import landing
+from commhooks.engine.guards.process_exit import landing
+from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.vectors.devices import HostCopy
 
 __all__ = ["Ticket", "total"]
 

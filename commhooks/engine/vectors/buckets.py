@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from commhooks.engine.chunks import Chunk, Gathered, Scratch, cut, is_dense, real
-from commhooks.engine.devices import accumulation_dtype, chunk_numel
+from commhooks.engine.vectors.chunks import Chunk, Gathered, Scratch, cut, is_dense, real
+from commhooks.engine.vectors.devices import accumulation_dtype, chunk_numel
 from commhooks.errors import RegistrationError
 
 __all__ = ["Bucket", "build_buckets"]
@@ -26,7 +26,7 @@ class Bucket:
 
     Attributes:
         numel: length of the bucket's flat vectors.
-        dtype: their format, see :func:`commhooks.engine.devices.accumulation_dtype`.
+        dtype: their format, see :func:`commhooks.engine.vectors.devices.accumulation_dtype`.
         device: where they are.
         vectors: flat vectors of length ``numel`` by name, once :meth:`allocate` has made them.
         slices: the same, cut into chunks.

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from commhooks.engine.communicator import Communicator
-from commhooks.engine.devices import Moment, catch_up_with_callbacks, keep_for_this_stream
-from commhooks.engine.exit_guard import landing
-from commhooks.engine.layout import Bucket
+from commhooks.engine.guards.process_exit import landing
+from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.network.ticket import Ticket
 from commhooks.engine.rules import Rules
-from commhooks.engine.ticket import Ticket
+from commhooks.engine.vectors.buckets import Bucket
+from commhooks.engine.vectors.devices import Moment, catch_up_with_callbacks, keep_for_this_stream
 
 __all__ = ["Round"]
 
