@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Integral, Real
 
 from commhooks.errors import HyperParameterError
 
-__all__ = ["closed_unit", "flag", "half_open_unit", "integer_at_least", "positive_real"]
+__all__ = ["closed_unit", "flag", "half_open_unit", "integer_at_least", "names", "positive_real"]
 
 
 def integer_at_least(name: str, value: object, minimum: int) -> int:
@@ -46,6 +47,15 @@ def flag(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise _refusal(name, value, "True or False")
     return value
+
+
+def names(name: str, value: object) -> tuple[str, ...]:
+    """``value`` as a tuple, if it is a sequence of strings (and not a string itself)."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise _refusal(name, value, "a sequence of strings")
+    if not all(isinstance(each, str) for each in value):
+        raise _refusal(name, value, "a sequence of strings")
+    return tuple(value)
 
 
 def _finite(name: str, value: object, wanted: str) -> float:

@@ -40,6 +40,11 @@ class Rules:
     """Steps from one boundary to the next."""
 
     @property
+    def delay(self) -> int:
+        """Steps from a round's launch to its use: 0 (blocking) to ``tau``."""
+        return self.tau if self.overlapped else 0
+
+    @property
     def vectors(self) -> tuple[str, ...]:
         """Names of the flat vectors kept besides ``wire``, each as long as the model."""
         return ()

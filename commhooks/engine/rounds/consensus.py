@@ -3,97 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from commhooks.engine.guards.interrupts import uninterrupted
-from commhooks.engine.meter import Meter
 from commhooks.engine.network.communicator import Communicator
-from commhooks.engine.network.ticket import Ticket
-from commhooks.engine.vectors.buckets import Bucket, build_buckets
-from commhooks.engine.vectors.devices import Moment, catch_up_with_callbacks
+from commhooks.engine.vectors.buckets import Bucket
+from commhooks.engine.vectors.buffers import Buffer, BufferExchange
+from commhooks.engine.vectors.devices import catch_up_with_callbacks
 
-__all__ = ["Consensus", "averageable_buffers"]
-
-
-def averageable_buffers(ddp: DistributedDataParallel) -> list[Tensor]:
-    """The model's floating-point buffers, such as BatchNorm's running statistics.
-
-    Counters stay local, and so does what DDP is told to ignore. A buffer that repeats its memory
-    (``expand``) is a constant and cannot be written to.
-    """
-    return [
-        buffer
-        for name, buffer in ddp.module.named_buffers()
-        if name not in ddp.parameters_to_ignore
-        and buffer.is_floating_point()
-        and all(
-            stride or size == 1 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
-        )
-    ]
+__all__ = ["Consensus"]
 
 
 class Consensus:
-    """Replaces parameters and buffers by their means over the ranks, and puts them back.
+    """Replaces parameters and buffers by what all ranks hold in common, and puts them back.
+
+    Making one copies what will be sent; whatever goes wrong in that is this rank's own trouble, and
+    the others have not been sent anything yet.
 
     Args:
-        buckets: the parameters.
-        buffers: what else is averaged.
-        cap_bytes: size of a bucket of buffers.
+        buckets: the parameters; none if they are the same on all ranks.
+        communicator: the ranks.
     """
 
-    def __init__(
-        self, buckets: Sequence[Bucket], buffers: Sequence[Tensor], cap_bytes: float
-    ) -> None:
-        self._parameters = list(buckets)
-        self._buckets = [*buckets, *build_buckets(buffers, cap_bytes)]
+    def __init__(self, buckets: Sequence[Bucket], communicator: Communicator) -> None:
+        self._buckets = list(buckets)
+        self._communicator = communicator
         self._own: list[list[Tensor]] = []
+        self._buffers: BufferExchange | None = None
+        self._flats: list[Tensor] = []
+        for bucket in self._buckets:
+            flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
+            bucket.gather(flat)
+            # Divided before the sum, which then overflows where a number does.
+            self._flats.append(flat.mul_(1.0 / communicator.size))
 
-    def enter(self, communicator: Communicator, meter: Meter, device: torch.device) -> None:
-        """Put the means in place. Collective; a failure puts back what was there.
+    def take_in(self, buffers: Sequence[Buffer], device: torch.device) -> None:
+        """Copy the buffers that take part, too."""
+        self._buffers = BufferExchange(buffers, device, self._communicator.size)
 
-        Args:
-            communicator: the ranks.
-            meter: where bytes and seconds are counted.
-            device: where the ranks' ticket is made out.
+    def exchange(self) -> int:
+        """Send, and wait for what the others send. Collective; nothing has changed afterwards.
+
+        Returns:
+            The number of bytes that were sent.
 
         Raises:
-            RuntimeError: the ranks are not at the same point, one holds NaN or inf, or the
-                communication failed.
+            RuntimeError: the communication failed.
         """
-        self._own = [[tensor.detach().clone() for tensor in b.tensors] for b in self._buckets]
-        if communicator.size == 1:
-            return
-        began = Moment(device)
-        # Not of the buffers, where -inf may be meant, as in a mask.
-        probes = [chunk.x.sum() for bucket in self._parameters for chunk in bucket.gathered()]
-        refusal = Ticket(
-            communicator, device, consensus=True, number=meter.rounds_launched, probes=probes
-        ).wait()
-        if refusal is not None:
-            raise RuntimeError(refusal)
+        assert self._buffers is not None
+        sums = [flat for flat in (*self._flats, *self._buffers.sums.values()) if flat.numel()]
+        if self._communicator.size == 1:
+            return 0
+        with record_function("commhooks::consensus"):
+            futures: list[torch.futures.Future[Any]] = [
+                self._communicator.all_reduce(flat) for flat in sums
+            ]
+            if self._buffers.first.numel():
+                futures.append(self._communicator.broadcast(self._buffers.first))
+            for future in futures:
+                future.wait()
+            for bucket in self._buckets:
+                catch_up_with_callbacks(bucket.device)
+        return sum(bucket.nbytes for bucket in self._buckets) + self._buffers.nbytes
+
+    def put_in_place(self) -> None:
+        """Replace the numbers; if it fails, nothing has changed."""
+        assert self._buffers is not None
         try:
-            with record_function("commhooks::consensus"):
-                for bucket in self._buckets:
-                    flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
-                    bucket.gather(flat)
-                    # Divided before the sum, which then overflows where a number does.
-                    communicator.all_reduce(flat.mul_(1.0 / communicator.size)).wait()
-                    catch_up_with_callbacks(bucket.device)
-                    meter.bytes_reduced += bucket.nbytes
-                    bucket.scatter(flat)
+            # Bucket by bucket, so that memory holds no third model.
+            for bucket in self._buckets:
+                self._own.append([tensor.detach().clone() for tensor in bucket.tensors])
+                bucket.scatter(self._flats.pop(0))
+            self._buffers.replace()
         except BaseException:
             self.leave()
             raise
-        ended = Moment(device)
-        meter.communication(began, ended, began, ended)
 
     def leave(self) -> None:
         """Put this rank's own numbers back, bit for bit."""
         with uninterrupted(), torch.no_grad():
             for bucket, own in zip(self._buckets, self._own, strict=False):
                 torch._foreach_copy_(bucket.tensors, own)
+            if self._buffers is not None:
+                self._buffers.put_back()
         self._own = []

@@ -1,4 +1,4 @@
-"""When a state does what: counters of steps and boundaries, and nothing else."""
+"""When a state does what: numbers of steps, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,45 +9,46 @@ __all__ = ["Schedule"]
 
 @dataclass
 class Schedule:
-    """Steps and boundaries of one rank.
+    """When the next round is launched, and when the one in flight is used.
 
-    A boundary falls right after the steps ``origin + tau, origin + 2 tau, ...``::
+    Launches fall right after the steps ``origin + offset + tau k``, k = 0, 1, .... A round lands,
+    which is to say that its result is mixed into the model, ``delay`` steps after its launch::
 
-        tau = 3, warm-up of 2      step      1  2 | 3  4  5  6  7  8  9
-                                   averaged  g  g |
-                                   boundary       |       x        x
-                                                  origin = 2
+        tau = 3, delay = 3, warm-up of 2   step      1  2 | 3  4  5  6  7  8  9
+                                           averaged  g  g |
+                                           launch         |       1        2
+                                           landing        |                1
+                                                          origin = 2, offset = 3
 
     Attributes:
-        tau: steps from one boundary to the next.
-        origin: step number after which the local steps begin.
-        step: DDP backwards with gradient sync on, so far.
-        boundaries: boundaries run since ``origin``.
+        tau: steps from one launch to the next.
+        delay: steps from a launch to its landing, 0 (the training thread waits) to ``tau``.
+        offset: steps from the origin to the first launch.
+        launch: the step after which the next round is launched.
+        landing: the step after which what has been launched is used; None if nothing has been.
     """
 
     tau: int
-    origin: int
-    step: int = 0
-    boundaries: int = 0
+    delay: int
+    offset: int
+    launch: int = 0
+    landing: int | None = None
 
     @property
-    def local(self) -> bool:
-        """Whether the last step was a local one."""
-        return self.step > self.origin
+    def next(self) -> int:
+        """The step after which there is something to do: to land, to launch, or both."""
+        return self.launch if self.landing is None else min(self.landing, self.launch)
 
-    @property
-    def due(self) -> bool:
-        """Whether a boundary has been reached and not been run yet.
+    def launched(self) -> None:
+        """A round has been launched, at its step or later."""
+        self.landing = self.launch + self.delay
+        self.launch += self.tau
 
-        More than one can be due, where an optimizer went several times ``tau`` without a step.
-        """
-        return (self.step - self.origin) // self.tau > self.boundaries
+    def landed(self) -> None:
+        """It has been used."""
+        self.landing = None
 
-    def advance(self) -> None:
-        """Count a step."""
-        self.step += 1
-
-    def restart(self) -> None:
-        """Begin the local steps anew after the last step; warm-up, if still on, goes on."""
-        self.origin = max(self.origin, self.step)
-        self.boundaries = 0
+    def restart(self, origin: int) -> None:
+        """Begin anew after the step ``origin``."""
+        self.launch = origin + self.offset
+        self.landing = None

@@ -1,26 +1,36 @@
-"""Where a state is called from: optimizers, GradScaler and the model's forward."""
+"""When all optimizers have stepped, so that a boundary can run: optimizers, GradScaler, forward."""
 
 from __future__ import annotations
 
 import functools
+import logging
+import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from commhooks.errors import RegistrationError
+from commhooks.engine.steps.kept_weights import check_optimizer, check_weights
 
-__all__ = ["GivenOptimizers", "LearnedOptimizers", "Watched", "owns", "unwrap_ddp"]
+__all__ = ["OptimizerWatch", "owned", "unwrapped"]
+
+logger = logging.getLogger("commhooks")
+
+# Some optimizers make their copies of the weights at the first step, Lookahead at the fifth.
+_CHECKED_STEPS = 10
 
 
 class Watched(Protocol):
-    """What a watcher tells its state."""
+    """What is told that a boundary can run."""
+
+    @property
+    def step(self) -> int:
+        """Steps so far."""
 
     @property
     def boundary_due(self) -> bool:
@@ -30,190 +40,183 @@ class Watched(Protocol):
         """Every optimizer has stepped, or been skipped, since the backward; a boundary is due."""
 
 
-def owns(optimizer: Optimizer, parameters: Iterable[Tensor]) -> bool:
-    """Whether ``optimizer`` updates any of ``parameters``."""
-    ids = {id(parameter) for parameter in parameters}
-    return any(id(p) in ids for group in optimizer.param_groups for p in group["params"])
+def unwrapped(optimizer: object) -> object:
+    """The optimizer in Accelerate's or Lightning's wrapper, which only forwards what it is asked.
+
+    Other wrappers (Lookahead, say) do something to the weights themselves.
+    """
+    package = type(optimizer).__module__.partition(".")[0]
+    if package in ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric"):
+        return getattr(optimizer, "optimizer", optimizer)
+    return optimizer
 
 
-def unwrap_ddp(module: object) -> DistributedDataParallel | None:
-    """The DDP model in ``module``, which may be a compiled one; None if there is none."""
-    inner = getattr(module, "_orig_mod", module)
-    return inner if isinstance(inner, DistributedDataParallel) else None
+def owned(optimizer: Optimizer, parameters: Mapping[int, Tensor]) -> list[Tensor]:
+    """Those of ``parameters`` (by ``id``) that ``optimizer`` updates."""
+    mine = (p for group in optimizer.param_groups for p in group["params"])
+    return [p for p in mine if id(p) in parameters]
 
 
-class _Watcher:
+class OptimizerWatch:
     """Runs a due boundary once all optimizers have stepped, or else before the next forward.
 
-    The forward is the backstop for a loop whose GradScaler the state does not know: a step that
-    it skips fires no hook. Nothing writes parameters between the two moments.
-    """
+    The forward is the backstop for whatever steps unseen: a GradScaler that the state does not know
+    skips a step, which fires no hook. Nothing writes parameters between the two moments.
 
-    def __init__(self, watched: Watched) -> None:
-        self._watched = watched
-        self._stepped: set[int] = set()
-
-    def watch_forward(self, model: DistributedDataParallel) -> None:
-        # Compiled, the hook's futures and collectives would be traced into the graph.
-        hook: Callable[..., None] = torch.compiler.disable(self._before_forward)  # type: ignore[no-untyped-call]
-        model.register_forward_pre_hook(hook)
-
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
-        # One without gradients is an evaluation, perhaps between a backward and its step.
-        if torch.is_grad_enabled() and self._watched.boundary_due:
-            self._run()
-
-    def _after_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
-        if self._watched.boundary_due:
-            self._stepped.add(id(optimizer))
-            if self._all_stepped():
-                self._run()
-
-    def _all_stepped(self) -> bool:
-        raise NotImplementedError
-
-    def _run(self) -> None:
-        self._stepped.clear()
-        self._watched.at_boundary()
-
-
-class GivenOptimizers(_Watcher):
-    """Watches the optimizers, the scaler and the model that ``register`` was given."""
-
-    def __init__(
-        self,
-        watched: Watched,
-        model: DistributedDataParallel,
-        optimizers: Iterable[Optimizer],
-        scaler: torch.amp.GradScaler | None,
-    ) -> None:
-        super().__init__(watched)
-        self._ids: set[int] = set()
-        # An optimizer and a scaler outlive the model that is wrapped anew.
-        after_step = weakref.WeakMethod(self._after_step)
-
-        def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if (alive := after_step()) is not None:
-                alive(optimizer)
-
-        for optimizer in optimizers:
-            self._ids.add(id(optimizer))
-            optimizer.register_step_post_hook(after)
-        if scaler is not None:
-            self._watch_scaler(scaler)
-        self.watch_forward(model)
-
-    def _all_stepped(self) -> bool:
-        return self._stepped >= self._ids
-
-    def _watch_scaler(self, scaler: torch.amp.GradScaler) -> None:
-        """Let a step that the scaler skips count like one that was made.
-
-        An optimizer whose step is skipped fires no hook, and GradScaler has none to offer, so its
-        bound method is wrapped on this one instance.
-        """
-        step = scaler.step
-        me = weakref.ref(self)
-
-        @functools.wraps(step)
-        def watched_step(optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
-            result = step(optimizer, *args, **kwargs)
-            inner = getattr(optimizer, "optimizer", optimizer)
-            watcher = me()
-            if watcher is not None and id(inner) in watcher._ids:
-                watcher._after_step(inner)
-            return result
-
-        scaler.step = watched_step  # type: ignore[method-assign]
-
-
-class LearnedOptimizers(_Watcher):
-    """Learns the optimizers as they step and the model at its next forward (the bare form).
-
-    Until then a boundary waits for optimizers that own every parameter, so that the first of two
-    optimizers does not pass for the only one.
+    Args:
+        watched: whose boundaries they are.
+        parameters: those that are averaged.
+        optimizers: those that update them, as far as they are known.
+        complete: whether these are all (the bare form gives none, and learns them as they step).
+        scaler: the loop's GradScaler.
     """
 
     def __init__(
         self,
         watched: Watched,
         parameters: Iterable[Tensor],
-        found: Callable[[DistributedDataParallel], None],
+        optimizers: Sequence[Optimizer] = (),
+        *,
+        complete: bool,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        super().__init__(watched)
-        self._parameters = {id(parameter) for parameter in parameters}
-        self._unowned: set[int] | None = set(self._parameters)
-        self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._found = found
-        _learners.add(self)
+        self._watched = watched
+        self._parameters = {id(parameter): parameter for parameter in parameters}
+        self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet(optimizers)
+        self._foreign: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._complete = complete
+        self._stepped: set[int] = set()
+        self._stepped_in = 0
+        self._steps_seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._scaler: weakref.ref[torch.amp.GradScaler] | None = None
+        if scaler is not None:
+            self._scaler = weakref.ref(scaler)
+            scaler.step = _WatchedStep(scaler, self)  # type: ignore[method-assign]
+        _watches.add(self)
         _watch_all_optimizers()
-        me = weakref.ref(self)
 
-        def look(module: nn.Module, args: Any) -> None:
-            learner = me()
-            if learner is None:
-                looking.remove()
-            elif (model := learner.recognise(module)) is not None:
-                looking.remove()
-                learner.learn(model, args)
+    def close(self) -> None:
+        """Watch no longer."""
+        _watches.discard(self)
+        scaler = self._scaler() if self._scaler is not None else None
+        step = scaler.__dict__.get("step") if scaler is not None else None
+        if scaler is not None and isinstance(step, _WatchedStep) and step.watch() is self:
+            scaler.step = step.plain  # type: ignore[method-assign]
 
-        looking = register_module_forward_pre_hook(look)
+    def before_forward(self) -> None:
+        """A forward of the model begins, which may be an evaluation before an optimizer's step."""
+        if torch.is_grad_enabled() and self._watched.boundary_due:
+            self._run()
 
-    def recognise(self, module: nn.Module) -> DistributedDataParallel | None:
-        """The DDP model in ``module``, if it is the one whose buckets were seen."""
-        model = unwrap_ddp(module)
-        if model is not None and any(id(p) in self._parameters for p in model.parameters()):
-            return model
-        return None
-
-    def check_parameters(self, parameters: Iterable[Tensor]) -> None:
-        """Refuse the buckets of a second model.
+    def after_step(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped, or its step was skipped.
 
         Raises:
-            RegistrationError: these are not parameters that were seen in the first backward.
+            RegistrationError: it keeps copies of the weights, which would undo every average.
         """
-        if any(id(parameter) not in self._parameters for parameter in parameters):
-            raise RegistrationError(
-                "This state is the hook of another DDP model already; build one state for every "
-                "DDP model."
-            )
+        if not self._is_mine(optimizer):
+            return
+        seen = self._steps_seen[optimizer] = self._steps_seen.get(optimizer, 0) + 1
+        if seen <= _CHECKED_STEPS:
+            check_weights(optimizer, owned(optimizer, self._parameters))
+        if self._stepped_in != self._watched.step:
+            # Steps made for an earlier backward do not count for this one.
+            self._stepped_in = self._watched.step
+            self._stepped.clear()
+        self._stepped.add(id(optimizer))
+        if self._watched.boundary_due and self._all_stepped():
+            self._run()
 
-    def learn(self, model: DistributedDataParallel, args: Any) -> None:
-        """Take over ``model``, which is about to run."""
-        self._unowned = None
-        self.watch_forward(model)
-        self._found(model)
-        # This forward may have begun already, so its own hooks are too late for a due boundary.
-        self._before_forward(model, args)
-
-    def _after_step(self, optimizer: Optimizer, args: Any = (), kwargs: Any = None) -> None:
-        if self._is_known(optimizer):
-            super()._after_step(optimizer, args, kwargs)
-
-    def _is_known(self, optimizer: Optimizer) -> bool:
+    def _is_mine(self, optimizer: Optimizer) -> bool:
         if optimizer in self._known:
             return True
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if owned.isdisjoint(self._parameters):
+        # An optimizer may be given parameters later.
+        mine = owned(optimizer, self._parameters)
+        if not mine:
             return False
+        check_optimizer(optimizer)
+        if self._complete:
+            logger.warning(
+                "commhooks: a %s updates parameters of the model and was not given to "
+                "state.register. From now on a boundary waits for it, too.",
+                type(optimizer).__name__,
+            )
         self._known.add(optimizer)
-        if self._unowned is not None:
-            self._unowned -= owned
         return True
 
     def _all_stepped(self) -> bool:
-        return not self._unowned and self._stepped >= {id(known) for known in self._known}
+        known = list(self._known)
+        if not self._stepped >= {id(optimizer) for optimizer in known}:
+            return False
+        if self._complete:
+            return True
+        # The first of two optimizers must not pass for the only one.
+        seen = {id(p) for optimizer in known for p in owned(optimizer, self._parameters)}
+        return len(seen) == len(self._parameters)
+
+    def _run(self) -> None:
+        self._stepped.clear()
+        self._watched.at_boundary()
+
+
+class _WatchedStep:
+    """``scaler.step`` that tells of a step whether the scaler skips it or not.
+
+    An optimizer whose step is skipped fires no hook, and GradScaler has none to offer, so the bound
+    method is replaced on this one instance. A copy or a pickle of the scaler has a plain one.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler, watch: OptimizerWatch) -> None:
+        self._scaler = scaler
+        self.watch = weakref.ref(watch)
+        self.plain: Callable[..., float | None] = scaler.step
+        # Of a state that is gone.
+        while isinstance(self.plain, _WatchedStep) and self.plain.watch() is None:
+            self.plain = self.plain.plain
+
+    def __call__(self, optimizer: Any, *args: Any, **kwargs: Any) -> float | None:
+        result = self.plain(optimizer, *args, **kwargs)
+        inner = unwrapped(optimizer)
+        if (watch := self.watch()) is not None and isinstance(inner, Optimizer):
+            watch.after_step(inner)
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Asked of the copy, which has no such attribute of its own yet.
+        return getattr, (self._scaler, "step")
 
 
 # torch keeps global hooks for ever and cannot lose one while it runs them, so there is one for all
-# states of the bare form, and it keeps none of them alive.
-_learners: weakref.WeakSet[LearnedOptimizers] = weakref.WeakSet()
+# states, and it keeps none of them alive.
+_watches: weakref.WeakSet[OptimizerWatch] = weakref.WeakSet()
 
 
 @functools.cache
 def _watch_all_optimizers() -> None:
-    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for learner in tuple(_learners):
-            learner._after_step(optimizer, args, kwargs)
+    # Compiled, an optimizer's step would have the engine traced into its graph.
+    tell: Callable[..., None] = torch.compiler.disable(_tell)  # type: ignore[no-untyped-call]
+    register_optimizer_step_post_hook(tell)
 
-    register_optimizer_step_post_hook(after)
+
+def _tell(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if _watches and not _inside_another_step():
+        for watch in tuple(_watches):
+            watch.after_step(optimizer)
+
+
+def _inside_another_step() -> bool:
+    """Whether the step that has just ended is part of another one, which is not over.
+
+    torch fires the hooks for ``super().step()`` in a subclass's ``step``, too, and for the inner
+    optimizer of a wrapper. Both may still write to the weights. Every step that fires hooks runs in
+    the same function of torch's, so it is looked for among the callers.
+    """
+    steps = 0
+    caller: FrameType | None = sys._getframe(1)
+    while caller is not None and steps < 2:
+        steps += caller.f_code is _STEP
+        caller = caller.f_back
+    return steps > 1
+
+
+_STEP = Optimizer.profile_hook_step(_tell).__code__
