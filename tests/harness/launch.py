@@ -32,6 +32,7 @@ _context.set_forkserver_preload(
         "torch._dynamo",
         "torch.nn.parallel",
         "torch.distributed.nn",
+        "torch.distributed.optim",
         "accelerate",
         "pytest",
         "hypothesis",
