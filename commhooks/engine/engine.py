@@ -104,8 +104,9 @@ class Engine:
         self._started = False
         self._drifted = False
         # What to raise, not the error itself: its traceback would keep the model alive.
-        self._failure: tuple[str, int, int, tuple[int, ...], str] | None = None
+        self._failure: tuple[Any, ...] | None = None
         self._consensus: Consensus | None = None
+        self._block: object = None
         self._shadowed = False
         self._finished_at = self._finish_cut_short_at = -1
         self._overwritten = False
@@ -271,8 +272,10 @@ class Engine:
     # The consensus model.
 
     @_outside_inference_mode
-    def enter_consensus(self, what: str, buffers: Callable[[], Sequence[Buffer]]) -> bool:
-        """Put the consensus model in place; False inside another ``averaged()``.
+    def enter_consensus(
+        self, what: str, buffers: Callable[[], Sequence[Buffer]], block: object = None
+    ) -> None:
+        """Put the consensus model in place, unless this is inside another ``averaged()``.
 
         Ctrl-C is held back until the ranks are through with one another: were it to end the call on
         one rank, the others would meet the collectives of its next step.
@@ -280,23 +283,20 @@ class Engine:
         Args:
             what: the call that asks for it, which all ranks must have made.
             buffers: finds the model's buffers.
+            block: stands for the block that it is put in place for.
 
         Raises:
             RoundError: a round failed, the ranks are not at the same point, one of them cannot take
                 part, or the averaging failed; the models are as they were.
         """
         if self._consensus is not None:
-            return False
-        try:
-            with uninterrupted():
-                self.at_boundary()
-                self.drain()
-                consensus = self._agree_on_consensus(what, buffers)
-                self._enter(consensus)
-        except KeyboardInterrupt:
-            self.leave_consensus()
-            raise
-        return True
+            return
+        with uninterrupted():
+            self.at_boundary()
+            self.drain()
+            consensus = self._agree_on_consensus(what, buffers)
+            self._block = block
+            self._enter(consensus)
 
     def _agree_on_consensus(self, what: str, buffers: Callable[[], Sequence[Buffer]]) -> Consensus:
         # Before the first local step the parameters are the same on every rank, bit for bit.
@@ -330,7 +330,7 @@ class Engine:
             self._fail(self._meter.rounds_launched, verdict.problem)
         if verdict.refused:
             # Nobody has sent anything yet, so training can go on.
-            raise self._error(reasons(self.communicator.parent, refusal))
+            raise self._error(reasons(self.communicator.parent, refusal), passing=True)
         assert consensus is not None
         if not verdict.alike:
             consensus.take_in(self._common(mine), self.device)
@@ -343,7 +343,8 @@ class Engine:
         if problems:
             raise self._error(
                 f"the ranks have different buffers: {'; '.join(problems)}. Give every rank the "
-                "same ones, or register what is made anew with persistent=False."
+                "same ones, or register what is made anew with persistent=False.",
+                passing=True,
             )
         return [buffer for buffer in mine if buffer.name in alike]
 
@@ -358,14 +359,14 @@ class Engine:
         try:
             consensus.put_in_place()
         except Exception as error:
-            raise self._error(f"{type(error).__name__}: {error}") from error
+            raise self._error(f"{type(error).__name__}: {error}", passing=True) from error
         self._consensus = consensus
         ended = Moment(self.device)
         self._meter.communication(began, ended, began, ended)
 
-    def leave_consensus(self) -> None:
-        """Put this rank's own model back."""
-        if self._consensus is not None:
+    def leave_consensus(self, block: object) -> None:
+        """Put this rank's own model back, if the consensus is there for this very block."""
+        if self._consensus is not None and self._block is block:
             self._consensus.leave()
             self._consensus = None
 
@@ -631,10 +632,10 @@ class Engine:
         if self._failure is not None:
             raise RoundError(*self._failure)
 
-    def _error(self, cause: str, number: int | None = None) -> RoundError:
+    def _error(self, cause: str, number: int | None = None, *, passing: bool = False) -> RoundError:
         name, ranks = type(self._rules).__name__, tuple(self.communicator.ranks)
         number = self._meter.rounds_launched if number is None else number
-        return RoundError(name, number, self.steps.step, ranks, cause)
+        return RoundError(name, number, self.steps.step, ranks, cause, passing)
 
     def _failed(self, number: int, cause: str) -> RoundError:
         """The error that this state ends in; what is in flight may never arrive."""

@@ -201,7 +201,7 @@ class CommHookState(Rules, Joinable):
         self._build(ddp, refusal, {"optimizers": len(optimizers)})
         assert ddp is not None
         ddp.register_comm_hook(self, comm_hook)
-        self._watch(ddp, unwrapped, scaler, complete=True)
+        self._watch(ddp, unwrapped, scaler)
 
     def before_first_forward(self, ddp: DistributedDataParallel) -> None:
         """The model that this state is the hook of is about to run (the bare form). Collective."""
@@ -211,7 +211,7 @@ class CommHookState(Rules, Joinable):
         except RegistrationError as error:
             refusal = str(error)
         self._build(ddp, refusal, {})
-        self._watch(ddp, (), None, complete=False)
+        self._watch(ddp, (), None)
 
     def _check_model(
         self, ddp: DistributedDataParallel | None, given: type, *, bare: bool = False
@@ -256,16 +256,12 @@ class CommHookState(Rules, Joinable):
         ddp: DistributedDataParallel,
         optimizers: Sequence[Optimizer],
         scaler: torch.amp.GradScaler | None,
-        *,
-        complete: bool,
     ) -> None:
         assert self._engine is not None
         # A strong reference would close a cycle through DDP's reducer, which no collector sees.
         self._ddp = weakref.ref(ddp)
         parameters = synchronized_parameters(ddp).values()
-        self._optimizers = OptimizerWatch(
-            self._engine, parameters, optimizers, complete=complete, scaler=scaler
-        )
+        self._optimizers = OptimizerWatch(self._engine, parameters, optimizers, scaler=scaler)
         self._model_watch = ModelWatch(ddp, self._before_forward, self._before_load)
         if ddp.forward_sync_buffers and any(True for _ in ddp.module.buffers()):
             logger.info(
@@ -361,12 +357,17 @@ class CommHookState(Rules, Joinable):
                 go on once its gradients are cleared.
         """
         engine = self._registered()
-        entered = engine.enter_consensus("averaged()", self._buffers)
+        block = object()
         try:
+            engine.enter_consensus("averaged()", self._buffers, block)
             yield
         finally:
-            if entered:
-                engine.leave_consensus()
+            try:
+                engine.leave_consensus(block)
+            except KeyboardInterrupt:
+                # It came before the parameters were put back.
+                engine.leave_consensus(block)
+                raise
 
     def finish(self) -> None:
         """Drain what is in flight and end on the consensus model, on every rank. Collective.

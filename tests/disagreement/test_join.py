@@ -36,6 +36,7 @@ def of_accelerate(trainer: Trainer) -> AbstractContextManager[object]:
     from accelerate import Accelerator
 
     os.environ |= {"RANK": str(trainer.rank), "LOCAL_RANK": str(trainer.rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # of the group that is there
     accelerator = Accelerator(cpu=True)
     return accelerator.join_uneven_inputs([trainer.model], even_batches=False)  # type: ignore[no-any-return]
 

@@ -121,7 +121,8 @@ def frozen_later(cases: Sequence[Case], form: Form) -> None:
             enter(trainer)
             saved = [trainer.model.state_dict(), trainer.state.state_dict()]
             saved = [{k: _copied(v) for k, v in each.items()} for each in saved]
-            again = Trainer(case, form)
+            # In the bare form what is frozen before the first forward would not take part.
+            again = Trainer(case)
             again.steps = trainer.steps
             freeze(again)
             again.model.load_state_dict(saved[0])

@@ -28,7 +28,7 @@ def tell(group: dist.ProcessGroup, mine: T) -> list[T]:
 def reasons(group: dist.ProcessGroup, mine: str | None) -> str:
     """Why some ranks cannot go on, rank by rank. Collective; blocks."""
     everyone = zip(dist.get_process_group_ranks(group), tell(group, mine), strict=True)
-    return " ".join(f"Rank {rank}: {why}" for rank, why in everyone if why)
+    return "; ".join(f"rank {rank}: {why}" for rank, why in everyone if why)
 
 
 def agree(

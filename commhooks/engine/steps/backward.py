@@ -28,22 +28,25 @@ class Backwards:
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self._count = len({id(parameter) for parameter in parameters})
+        # DDP still reduces those that have been frozen since it wrapped the model.
+        self._all = {id(parameter) for parameter in parameters}
         self._seen: set[int] = set()
+        self._under_way = False
         self._ended = 0
 
     def place(self, bucket: GradBucket) -> tuple[bool, bool]:
         """Whether this bucket is the first of its backward, and whether it is the last."""
         if self._ended >= _FIRST_ONES:
             return bucket.index() == 0, bucket.is_last()
-        here = {id(parameter) for parameter in bucket.parameters()}
+        here = {id(parameter) for parameter in bucket.parameters()} & self._all
         if not here.isdisjoint(self._seen):
             # The backward before was cut short by an error.
             self._seen = set()
-        first = not self._seen
+            self._under_way = False
+        first, self._under_way = not self._under_way, True
         self._seen |= here
-        last = bucket.is_last() or len(self._seen) == self._count
+        last = bucket.is_last() or self._seen == self._all
         if last:
-            self._seen = set()
+            self._seen, self._under_way = set(), False
             self._ended += 1
         return first, last

@@ -66,8 +66,7 @@ class OptimizerWatch:
     Args:
         watched: whose boundaries they are.
         parameters: those that are averaged.
-        optimizers: those that update them, as far as they are known.
-        complete: whether these are all (the bare form gives none, and learns them as they step).
+        optimizers: all that update them; in the bare form none, and they are learnt as they step.
         scaler: the loop's GradScaler.
     """
 
@@ -77,14 +76,15 @@ class OptimizerWatch:
         parameters: Iterable[Tensor],
         optimizers: Sequence[Optimizer] = (),
         *,
-        complete: bool,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         self._watched = watched
         self._parameters = {id(parameter): parameter for parameter in parameters}
         self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet(optimizers)
-        self._foreign: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._complete = complete
+        self._given = bool(optimizers)
+        # A boundary waits until so many have had an owner that stepped, lest the first of several
+        # new optimizers pass for the only one.
+        self._updated = self._ids_of(optimizers) if optimizers else set(self._parameters)
         self._stepped: set[int] = set()
         self._stepped_in = 0
         self._steps_seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
@@ -135,7 +135,7 @@ class OptimizerWatch:
         if not mine:
             return False
         check_optimizer(optimizer)
-        if self._complete:
+        if self._given:
             logger.warning(
                 "commhooks: a %s updates parameters of the model and was not given to "
                 "state.register. From now on a boundary waits for it, too.",
@@ -146,13 +146,12 @@ class OptimizerWatch:
 
     def _all_stepped(self) -> bool:
         known = list(self._known)
-        if not self._stepped >= {id(optimizer) for optimizer in known}:
-            return False
-        if self._complete:
-            return True
-        # The first of two optimizers must not pass for the only one.
-        seen = {id(p) for optimizer in known for p in owned(optimizer, self._parameters)}
-        return len(seen) == len(self._parameters)
+        return self._stepped >= {id(optimizer) for optimizer in known} and (
+            self._ids_of(known) >= self._updated
+        )
+
+    def _ids_of(self, optimizers: Iterable[Optimizer]) -> set[int]:
+        return {id(p) for each in optimizers for p in owned(each, self._parameters)}
 
     def _run(self) -> None:
         self._stepped.clear()
