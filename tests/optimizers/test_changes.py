@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 import commhooks
 from tests.cases import ALGORITHMS, Case, with_tau
@@ -110,9 +110,15 @@ def freeze(trainer: Trainer) -> None:
         p.grad = None
 
 
+def freezing_sgd(model: nn.Module) -> Sequence[Optimizer]:
+    """Built after DDP has wrapped the model and before the state is registered."""
+    getattr(model, "module", model).get_submodule("0").requires_grad_(False)
+    return plain_sgd(model)
+
+
 def frozen_later(cases: Sequence[Case], form: Form) -> None:
     for case in cases:
-        for steps in (1, 3):
+        for steps in (0, 1, 3):
             trainer = Trainer(case, form)
             for _ in range(steps):
                 trainer.step()
@@ -128,7 +134,8 @@ def frozen_later(cases: Sequence[Case], form: Form) -> None:
             again.model.load_state_dict(saved[0])
             again.state.load_state_dict(saved[1])
             for _ in range(5):
-                assert torch.equal(again.step(), trainer.step())
+                where = f"{case}: frozen after {steps}, step {again.steps + 1}"
+                assert torch.equal(again.step(), trainer.step()), where
             trainer.state.finish()
 
 
@@ -137,12 +144,16 @@ def _copied(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("form", ["register", "hook"])
-def test_parameters_frozen_after_registration(form: Form) -> None:
+def test_parameters_frozen_after_ddp_has_wrapped_them(form: Form) -> None:
     """A checkpoint looked for each of them in the buckets of gradients."""
     ddp = {"find_unused_parameters": True}
     cases = [
-        Case(name, {"tau": 2}, optimizers=plain_sgd, ddp=ddp, warmup_steps=warmup_steps)
-        for name in ("LocalSGD", "OverlapLocalSGD")
+        Case(name, {"tau": 2}, optimizers=optimizers, ddp=ddp, warmup_steps=warmup_steps)
+        for name, optimizers in (
+            ("LocalSGD", plain_sgd),
+            ("OverlapLocalSGD", plain_sgd),
+            ("OverlapLocalSGD", freezing_sgd),
+        )
         for warmup_steps in (0, 3)
     ]
     run_ranks(frozen_later, 2, cases, form)

@@ -55,7 +55,7 @@ def train(case: Case, form: Form) -> None:
     trainer.state.finish()
 
 
-KINDS = [
+KINDS: list[tuple[Make, str, torch.dtype]] = [
     (MastersInState, "MastersInState", torch.bfloat16),
     (MastersInState, "MastersInState", torch.float32),
     (MastersInAList, "MastersInAList", torch.bfloat16),

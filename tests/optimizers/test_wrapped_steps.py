@@ -77,23 +77,27 @@ def test_a_copy_of_the_scaler_steps_for_itself(copied: CopyScaler) -> None:
 
 
 class CompiledStep(Trainer):
-    """Compiles each optimizer's step, with a backend that only traces."""
+    """Compiles a function of the loop's that steps, with a backend that only traces."""
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
-        self.compiled = [torch.compile(o.step, backend="eager") for o in self.optimizers]
+        self.compiled = torch.compile(self.step_all, backend="eager")
+
+    def step_all(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def optimize(self) -> None:
-        for step in self.compiled:
-            step()
+        self.compiled()
         self.model.zero_grad()
 
 
 def compiled_steps(cases: Sequence[Case]) -> tuple[list[list[Tensor]], list[str]]:
     """The trajectories, and which of the package's files Dynamo has looked into."""
-    from torch._dynamo.utils import counters
+    from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 
     torch._dynamo.reset()
+    clear_compilation_metrics()
     runs = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -102,6 +106,7 @@ def compiled_steps(cases: Sequence[Case]) -> tuple[list[list[Tensor]], list[str]
             runs.append([trainer.step() for _ in range(case.steps)])
     texts = [str(each.message) for each in caught]
     texts += [str(reason) for reason in counters["graph_break"]]
+    texts += [str(each.co_filename) for each in get_compilation_metrics()]
     return runs, [text for text in texts if "commhooks" in text]
 
 
