@@ -68,6 +68,7 @@ class Engine:
         warmup_steps: steps before the local ones.
         cap_bytes: size of a bucket.
         check: says what keeps this rank from taking part in a round, if anything does.
+        static_graph: whether the DDP model has that option.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class Engine:
         warmup_steps: int,
         cap_bytes: float,
         check: Callable[[], str | None] = lambda: None,
+        *,
+        static_graph: bool = False,
     ) -> None:
         # A state holds its engine; a cycle would keep dropped states, and their groups, for long.
         self._rules_alive = weakref.ref(rules)
@@ -88,7 +91,7 @@ class Engine:
         self.disabled = False
         self._meter = Meter()
         parameters = list(parameters)
-        self._backwards = Backwards(parameters)
+        self._backwards = Backwards(parameters, static_graph=static_graph)
         self._fragments = [
             Fragment(
                 build_buckets(parameters, cap_bytes),
@@ -296,7 +299,7 @@ class Engine:
             self.drain()
             consensus = self._agree_on_consensus(what, buffers)
             self._block = block
-            self._enter(consensus)
+            self._enter(what, consensus)
 
     def _agree_on_consensus(self, what: str, buffers: Callable[[], Sequence[Buffer]]) -> Consensus:
         # Before the first local step the parameters are the same on every rank, bit for bit.
@@ -312,29 +315,41 @@ class Engine:
             consensus.take_in(mine, self.device)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must be told
             refusal = refusal or f"{type(error).__name__}: {error}"
+        alike = self._compare(what, refusal, probes, digest(mine))
+        assert consensus is not None
+        if not alike:
+            consensus.take_in(self._common(mine), self.device)
+        return consensus
+
+    def _compare(
+        self,
+        what: str,
+        refusal: str | None = None,
+        probes: Sequence[Tensor] = (),
+        digest_: int = 0,
+    ) -> bool:
+        """Send a ticket and wait for those of the others; whether their digests are alike.
+
+        Nothing else is in flight, so where a rank refuses all ranks can go on.
+        """
         began = Moment(self.device)
-        ticket = Ticket(
-            self.communicator,
-            self.device,
-            self._point(what),
-            probes=probes,
-            refused=refusal is not None,
-            digest=digest(mine),
-        )
         try:
-            verdict = ticket.wait()
+            verdict = Ticket(
+                self.communicator,
+                self.device,
+                self._point(what),
+                probes=probes,
+                refused=refusal is not None,
+                digest=digest_,
+            ).wait()
         except RuntimeError as error:
-            self._fail(self._meter.rounds_launched, f"averaging the models: {error}")
+            self._fail(self._meter.rounds_launched, f"{what}: {error}")
         self._meter.communication(began, began, began, Moment(self.device))
         if verdict.problem is not None:
             self._fail(self._meter.rounds_launched, verdict.problem)
         if verdict.refused:
-            # Nobody has sent anything yet, so training can go on.
             raise self._error(reasons(self.communicator.parent, refusal), passing=True)
-        assert consensus is not None
-        if not verdict.alike:
-            consensus.take_in(self._common(mine), self.device)
-        return consensus
+        return verdict.alike
 
     def _common(self, mine: Sequence[Buffer]) -> list[Buffer]:
         """The buffers that all ranks have alike."""
@@ -348,19 +363,25 @@ class Engine:
             )
         return [buffer for buffer in mine if buffer.name in alike]
 
-    def _enter(self, consensus: Consensus) -> None:
+    def _enter(self, what: str, consensus: Consensus) -> None:
         began = Moment(self.device)
         self.communicator.idle = False
         try:
             self._meter.bytes_reduced += consensus.exchange()
         except RuntimeError as error:
-            self._fail(self._meter.rounds_launched, f"averaging the models: {error}")
+            self._fail(self._meter.rounds_launched, f"{what}: {error}")
         self.communicator.idle = True
+        refusal = None
         try:
             consensus.put_in_place()
-        except Exception as error:
-            raise self._error(f"{type(error).__name__}: {error}", passing=True) from error
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must be told
+            refusal = f"{type(error).__name__}: {error}"
         self._consensus = consensus
+        try:
+            self._compare(what, refusal)
+        except RoundError:
+            self.leave_consensus(self._block)
+            raise
         ended = Moment(self.device)
         self._meter.communication(began, ended, began, ended)
 
@@ -406,9 +427,7 @@ class Engine:
         self.refuse_inside_averaged("close()")
         if self._failure is None:
             self.drain()
-            verdict = Ticket(self.communicator, self.device, self._point("close()")).wait()
-            if verdict.problem is not None:
-                self._fail(self._meter.rounds_launched, verdict.problem)
+            self._compare("close()")
             # No rank may take down what another still reads from.
             tell(self.communicator.parent, None)
             self.communicator.close()

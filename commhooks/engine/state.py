@@ -244,9 +244,15 @@ class CommHookState(Rules, Joinable):
         }
         agree(group, facts, refusal)
         assert ddp is not None
-        check = ParameterCheck(ddp, parameters.values())
-        cap_bytes = self.bucket_cap_mb * 2**20
-        engine = Engine(self, group, parameters.values(), self.warmup_steps, cap_bytes, check)
+        engine = Engine(
+            self,
+            group,
+            parameters.values(),
+            self.warmup_steps,
+            self.bucket_cap_mb * 2**20,
+            ParameterCheck(ddp, parameters.values()),
+            static_graph=ddp.static_graph,
+        )
         self._load_together(engine)
         self._engine = engine
         no_longer(self)

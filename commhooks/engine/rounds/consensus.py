@@ -32,7 +32,7 @@ class Consensus:
     def __init__(self, buckets: Sequence[Bucket], communicator: Communicator) -> None:
         self._buckets = list(buckets)
         self._communicator = communicator
-        self._own: list[list[Tensor]] = []
+        self._swapped: list[tuple[Bucket, Tensor]] = []
         self._buffers: BufferExchange | None = None
         self._flats: list[Tensor] = []
         for bucket in self._buckets:
@@ -74,10 +74,10 @@ class Consensus:
         """Replace the numbers; if it fails, nothing has changed."""
         assert self._buffers is not None
         try:
-            # Bucket by bucket, so that memory holds no third model.
-            for bucket in self._buckets:
-                self._own.append([tensor.detach().clone() for tensor in bucket.tensors])
-                bucket.scatter(self._flats.pop(0))
+            with torch.no_grad():
+                for bucket, flat in zip(self._buckets, self._flats, strict=True):
+                    bucket.swap(flat)
+                    self._swapped.append((bucket, flat))
             self._buffers.replace()
         except BaseException:
             self.leave()
@@ -86,8 +86,8 @@ class Consensus:
     def leave(self) -> None:
         """Put this rank's own numbers back, bit for bit."""
         with uninterrupted(), torch.no_grad():
-            for bucket, own in zip(self._buckets, self._own, strict=False):
-                torch._foreach_copy_(bucket.tensors, own)
+            while self._swapped:
+                bucket, flat = self._swapped.pop()
+                bucket.swap(flat)
             if self._buffers is not None:
                 self._buffers.put_back()
-        self._own = []

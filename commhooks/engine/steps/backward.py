@@ -12,41 +12,34 @@ if TYPE_CHECKING:
 
 __all__ = ["Backwards"]
 
-# DDP lays its buckets out anew after a process's first backward, with ``static_graph`` its second.
-_FIRST_ONES = 2
-
 
 class Backwards:
     """Tells the first and the last bucket of every backward.
 
-    ``bucket.index()`` and ``bucket.is_last()`` do, but for the first backward of a model with
+    ``bucket.index()`` and ``bucket.is_last()`` do, but for the very first backward of a model with
     ``static_graph=True``: there every bucket has the index 0, and with parameters of two dtypes
-    none is the last. In the first ones the parameters that have been seen are counted instead.
+    none is the last. The parameters that have been seen are counted instead.
 
     Args:
-        parameters: all that DDP reduces.
+        parameters: those that DDP reduces.
+        static_graph: whether the model was wrapped with ``static_graph=True``.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
-        # DDP still reduces those that have been frozen since it wrapped the model.
-        self._all = {id(parameter) for parameter in parameters}
-        self._seen: set[int] = set()
-        self._under_way = False
-        self._ended = 0
+    def __init__(self, parameters: Iterable[Tensor], *, static_graph: bool = False) -> None:
+        self._awaited = {id(parameter) for parameter in parameters} if static_graph else set()
+        self._missing = set(self._awaited)
 
     def place(self, bucket: GradBucket) -> tuple[bool, bool]:
         """Whether this bucket is the first of its backward, and whether it is the last."""
-        if self._ended >= _FIRST_ONES:
+        if not self._awaited:
             return bucket.index() == 0, bucket.is_last()
-        here = {id(parameter) for parameter in bucket.parameters()} & self._all
-        if not here.isdisjoint(self._seen):
+        here = {id(parameter) for parameter in bucket.parameters()} & self._awaited
+        if not here <= self._missing:
             # The backward before was cut short by an error.
-            self._seen = set()
-            self._under_way = False
-        first, self._under_way = not self._under_way, True
-        self._seen |= here
-        last = bucket.is_last() or self._seen == self._all
+            self._missing = set(self._awaited)
+        first = self._missing == self._awaited
+        self._missing -= here
+        last = bucket.is_last() or not self._missing
         if last:
-            self._seen, self._under_way = set(), False
-            self._ended += 1
+            self._awaited = set()
         return first, last
