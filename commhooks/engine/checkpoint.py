@@ -118,8 +118,19 @@ def check_values(
             _refuse(where, "a dictionary", part)
         _check_shapes(part.get("shapes"), shapes(fragment.buckets))
         _check_schedule(part, saved["schedule"], fragment, where)
+        rates = part.get("rates")
+        if rates is not None and not _are_rates(rates, len(shapes(fragment.buckets))):
+            _refuse(f"{where}.rates", "a learning rate for every parameter", rates)
         if vectors is not None:
             _check_vectors(_mapping(part, "vectors"), vectors, fragment, where)
+
+
+def _are_rates(values: object, count: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(value is None or isinstance(value, float) for value in values)
+    )
 
 
 def _check_shapes(saved: object, mine: Sequence[Sequence[int]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,6 +30,7 @@ from commhooks.engine.steps.backward import Backwards
 from commhooks.engine.vectors.buckets import build_buckets
 from commhooks.engine.vectors.buffers import Buffer, common, digest
 from commhooks.engine.vectors.devices import Moment
+from commhooks.engine.vectors.fragments import partition
 from commhooks.errors import RegistrationError, RoundError
 from commhooks.stats import Stats
 
@@ -64,7 +65,7 @@ class Engine:
     Args:
         rules: the algorithm.
         parent: the ranks that train together.
-        parameters: those that DDP reduces, in the same order on every rank.
+        parameters: those that DDP reduces, by name, in the same order on every rank.
         warmup_steps: steps before the local ones.
         cap_bytes: size of a bucket.
         check: says what keeps this rank from taking part in a round, if anything does.
@@ -75,7 +76,7 @@ class Engine:
         self,
         rules: Rules,
         parent: dist.ProcessGroup,
-        parameters: Iterable[Tensor],
+        parameters: Mapping[str, Tensor],
         warmup_steps: int,
         cap_bytes: float,
         check: Callable[[], str | None] = lambda: None,
@@ -90,15 +91,17 @@ class Engine:
         self.steps = Steps(step=0, origin=warmup_steps)
         self.disabled = False
         self._meter = Meter()
-        parameters = list(parameters)
-        self._backwards = Backwards(parameters, static_graph=static_graph)
+        self._backwards = Backwards(parameters.values(), static_graph=static_graph)
+        dealt = partition(parameters, rules.fragments)
         self._fragments = [
             Fragment(
-                build_buckets(parameters, cap_bytes),
-                Schedule(rules.tau, rules.delay, offset=rules.tau),
+                build_buckets(part.values(), cap_bytes),
+                Schedule(rules.tau, rules.delay, offset=-(-number * rules.tau // len(dealt))),
                 self.communicator.size,
             )
+            for number, part in enumerate(dealt, start=1)
         ]
+        self.rates: Callable[[], Mapping[int, float]] = dict
         self.device = self._fragments[0].device
         self._restart_schedules()
         self._averager: GradientAverager | None = None
@@ -514,7 +517,11 @@ class Engine:
                     "launch": fragment.schedule.launch,
                     "landing": fragment.schedule.landing,
                     "shapes": shapes(fragment.buckets),
-                    "vectors": dump_vectors(fragment.buckets, self._kept(fragment)),
+                    "vectors": dump_vectors(
+                        fragment.buckets, self._saved_vectors if self._started else ()
+                    ),
+                    "rates": fragment.rates if self._started else None,
+                    "kept": fragment.dump_kept() if self._started else None,
                 }
                 for fragment in self._fragments
             ],
@@ -546,8 +553,13 @@ class Engine:
         """
         self.refuse_inside_averaged("load_state_dict()")
         self.drain()
-        self._overwritten = False
-        self._started = saved["started"] and self._goes_on(same_ranks=same_ranks)
+        started = saved["started"] and self._goes_on(same_ranks=same_ranks)
+        if started:
+            # First of all, since an optimizer says only now that a state does not fit.
+            for fragment, values in zip(self._fragments, saved["fragments"], strict=True):
+                fragment.allocate(self._rules.vectors)
+                fragment.load_kept(self._rules, values["kept"])
+        self._started, self._overwritten = started, False
         self._drifted = saved["drifted"]
         self.disabled = saved["disabled"]
         for name, value in saved["schedule"].items():
@@ -557,10 +569,12 @@ class Engine:
         for fragment, values in zip(self._fragments, saved["fragments"], strict=True):
             fragment.schedule.launch = values["launch"]
             fragment.schedule.landing = values["landing"]
-            if self._started:
-                fragment.allocate(self._rules.vectors)
+            if started:
                 load_vectors(fragment.buckets, values["vectors"])
-            elif saved["started"]:
+                fragment.rates = values["rates"]
+            # What was in flight is part of the vectors. It lands in models that were in flight with
+            # it, which those of another number of workers are not.
+            if not same_ranks and not (started and self._rules.overlapped):
                 fragment.schedule.landing = None
         return self._started or not saved["started"]
 
@@ -570,10 +584,7 @@ class Engine:
     @property
     def _saved_vectors(self) -> tuple[str, ...]:
         """The vectors that mean something between launches and landings."""
-        return (*self._rules.vectors, *(("wire",) if self._rules.delay else ()))
-
-    def _kept(self, fragment: Fragment) -> tuple[str, ...]:
-        return self._saved_vectors if self._started else ()
+        return (*self._rules.vectors, *(("wire",) if self._rules.overlapped else ()))
 
     # Inside a boundary.
 
@@ -589,8 +600,7 @@ class Engine:
 
     def _start(self) -> None:
         for fragment in self._fragments:
-            fragment.allocate(self._rules.vectors)
-            fragment.sweep(self._rules, "start")
+            fragment.start(self._rules)
             if self._rules.overlapped:
                 # What `start` has left in the vectors is the first result to land.
                 fragment.schedule.landing = fragment.schedule.launch
@@ -617,6 +627,7 @@ class Engine:
         probes: list[Tensor] = []
         if refusal is None:
             try:
+                fragment.prepare(self._rules, self.rates)
                 names = ("mix", "contribute") if mix_first else ("contribute",)
                 probes = fragment.sweep(self._rules, *names)
             except RegistrationError as error:
@@ -628,6 +639,7 @@ class Engine:
             fragment.buckets,
             self.communicator,
             self._rules,
+            fragment.kept,
             probes,
             refusal,
         )

@@ -6,7 +6,8 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypedDict
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -42,34 +43,30 @@ from commhooks.engine.steps.registration import (
 )
 from commhooks.engine.steps.uneven import ShadowRounds
 from commhooks.engine.vectors.buffers import Buffer, check_patterns, find_buffers
-from commhooks.errors import CheckpointError, HyperParameterError, RegistrationError
+from commhooks.engine.vectors.fragments import partition
+from commhooks.errors import CheckpointError, RegistrationError
 from commhooks.hook import comm_hook
-from commhooks.hyperparameters import integer_at_least, names, positive_real
+from commhooks.hyperparameters import Count, Names, Positive, checked_fields, plain, refusal
 from commhooks.stats import Stats
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
 
-__all__ = ["CommHookState", "EngineOptions"]
+__all__ = ["CommHookState"]
 
 logger = logging.getLogger("commhooks")
 
-
-class EngineOptions(TypedDict, total=False):
-    """Keyword arguments that every algorithm hands to :class:`CommHookState`."""
-
-    process_group: dist.ProcessGroup | None
-    warmup_steps: int
-    bucket_cap_mb: float
-    average_buffers: Sequence[str]
+_NO_HYPERPARAMETERS = ("process_group", "bucket_cap_mb", "average_buffers")
 
 
+@dataclass(eq=False, repr=False)
 class CommHookState(Rules, Joinable):
     """A DDP communication hook state that averages parameters in place of gradients.
 
-    Subclasses add the update rules of one algorithm (see :class:`commhooks.engine.rules.Rules`).
-    A state is built from plain values; it takes hold of ranks and tensors when it is registered,
-    and a copy or a pickle of it is a new, unregistered state with the same hyper-parameters.
+    Subclasses are dataclasses whose fields are the hyper-parameters of one algorithm, and add its
+    update rules (see :class:`commhooks.engine.rules.Rules`). A state is built from plain values; it
+    takes hold of ranks and tensors when it is registered, and a copy or a pickle of it is a new,
+    unregistered state with the same hyper-parameters.
 
     Args:
         process_group: ranks that train together; None means those of the DDP model.
@@ -85,24 +82,19 @@ class CommHookState(Rules, Joinable):
         HyperParameterError: an argument has the wrong type or lies outside its range.
     """
 
-    def __init__(
-        self,
-        *,
-        process_group: dist.ProcessGroup | None = None,
-        warmup_steps: int = 0,
-        bucket_cap_mb: float = 25.0,
-        average_buffers: Sequence[str] = (),
-    ) -> None:
-        super().__init__()
-        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-            raise HyperParameterError(
-                "process_group must be a torch.distributed.ProcessGroup or None, got "
-                f"{process_group!r} of type {type(process_group).__name__}."
+    _: KW_ONLY
+    process_group: dist.ProcessGroup | None = None
+    warmup_steps: Count = 0
+    bucket_cap_mb: Positive = 25.0
+    average_buffers: Names = ()
+
+    def __post_init__(self) -> None:
+        Joinable.__init__(self)
+        if not isinstance(self.process_group, dist.ProcessGroup | None):
+            raise refusal(
+                "process_group", self.process_group, "a torch.distributed.ProcessGroup or None"
             )
-        self.process_group = process_group
-        self.warmup_steps = integer_at_least("warmup_steps", warmup_steps, 0)
-        self.bucket_cap_mb = positive_real("bucket_cap_mb", bucket_cap_mb)
-        self.average_buffers = names("average_buffers", average_buffers)
+        checked_fields(self)
         self._forget()
         when_forwarded(self)
 
@@ -117,8 +109,12 @@ class CommHookState(Rules, Joinable):
         self._closed: Stats | None = None
 
     def hyperparameters(self) -> dict[str, object]:
-        """The hyper-parameters as plain values, by the names the constructor takes."""
-        return {"warmup_steps": self.warmup_steps}
+        """What decides the trajectory, as plain values, by the names the constructor takes."""
+        return {
+            field.name: plain(getattr(self, field.name))
+            for field in sorted(fields(self), key=lambda field: bool(field.kw_only))
+            if field.name not in _NO_HYPERPARAMETERS
+        }
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.hyperparameters().items())
@@ -126,7 +122,7 @@ class CommHookState(Rules, Joinable):
 
     def __setattr__(self, name: str, value: object) -> None:
         fixed = not name.startswith("_") and self.__dict__.get("_engine") is not None
-        if fixed and name in (*self.hyperparameters(), *EngineOptions.__annotations__):
+        if fixed and name in {field.name for field in fields(self)}:
             raise RegistrationError(
                 f"{name} cannot be set once the state is registered: the ranks have agreed on "
                 f"{getattr(self, name)!r}. Call finish() and close(), and register a new state."
@@ -225,6 +221,8 @@ class CommHookState(Rules, Joinable):
         ddp = check_model(ddp, given, hooked=bare)
         check_group(self.process_group, ddp)
         check_patterns(ddp, self.average_buffers)
+        for part in partition(synchronized_parameters(ddp), self.fragments):
+            self.fit(part)
         return ddp
 
     def _build(
@@ -247,7 +245,7 @@ class CommHookState(Rules, Joinable):
         engine = Engine(
             self,
             group,
-            parameters.values(),
+            parameters,
             self.warmup_steps,
             self.bucket_cap_mb * 2**20,
             ParameterCheck(ddp, parameters.values()),
@@ -268,6 +266,7 @@ class CommHookState(Rules, Joinable):
         self._ddp = weakref.ref(ddp)
         parameters = synchronized_parameters(ddp).values()
         self._optimizers = OptimizerWatch(self._engine, parameters, optimizers, scaler=scaler)
+        self._engine.rates = self._optimizers.rates
         self._model_watch = ModelWatch(ddp, self._before_forward, self._before_load)
         if ddp.forward_sync_buffers and any(True for _ in ddp.module.buffers()):
             logger.info(

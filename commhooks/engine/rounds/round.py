@@ -13,7 +13,7 @@ from commhooks.engine.guards.process_exit import landing
 from commhooks.engine.network.agreement import reasons
 from commhooks.engine.network.communicator import Communicator
 from commhooks.engine.network.ticket import Point, Ticket
-from commhooks.engine.rules import Rules
+from commhooks.engine.rules import Kept, Rules
 from commhooks.engine.vectors.buckets import Bucket
 from commhooks.engine.vectors.devices import Moment, catch_up_with_callbacks, keep_for_this_stream
 
@@ -31,6 +31,7 @@ class Round:
         buckets: the model, with the vectors filled by ``contribute``.
         communicator: where the all-reduces go.
         rules: what is chained to them.
+        kept: what the rules' ``arrive`` is called with, after the last one; None for no call.
         probes: scalars that are NaN or inf if this rank's parameters are.
         refusal: why this rank cannot take part; it then sends its ticket alone.
     """
@@ -41,6 +42,7 @@ class Round:
         buckets: Sequence[Bucket],
         communicator: Communicator,
         rules: Rules,
+        kept: Kept | None,
         probes: Sequence[Tensor],
         refusal: str | None = None,
     ) -> None:
@@ -61,6 +63,9 @@ class Round:
                 for bucket in buckets if refusal is None else ():
                     reduced = communicator.all_reduce(bucket.vectors["wire"])
                     self._futures.append(reduced.then(landing(self._chained_to(bucket))))
+                if kept is not None and self._futures:
+                    together = torch.futures.collect_all(self._futures)
+                    self._futures.append(together.then(landing(self._arrival_of(kept))))
         except RuntimeError as error:
             # Raised by `wait`, like every other failure, before anything is mixed.
             self._failures.append(str(error))
@@ -96,6 +101,21 @@ class Round:
         if verdict.problem is None and verdict.refused:
             return reasons(self._communicator.parent, self._refusal)
         return verdict.problem
+
+    def _arrival_of(self, kept: Kept) -> Callable[[torch.futures.Future[Any]], Tensor]:
+        def arrive(together: torch.futures.Future[Any]) -> Tensor:
+            """Runs on the backend's thread when the last chained update has ended."""
+            try:
+                values: list[Tensor] = [each.value() for each in together.value()]
+                with record_function("commhooks::arrive"):
+                    self._rules.arrive(kept)
+            except Exception as error:
+                self._failures.append(str(error))
+                raise
+            self.arrived = Moment(self._device)
+            return values[0]
+
+        return arrive
 
     def _chained_to(self, bucket: Bucket) -> Callable[[torch.futures.Future[Any]], Tensor]:
         def chain(reduced: torch.futures.Future[Any]) -> Tensor:

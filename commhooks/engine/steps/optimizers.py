@@ -103,6 +103,16 @@ class OptimizerWatch:
         if scaler is not None and isinstance(step, _WatchedStep) and step.watch() is self:
             scaler.step = step.plain  # type: ignore[method-assign]
 
+    def rates(self) -> dict[int, float]:
+        """The learning rates in force, by the ``id`` of the parameters."""
+        return {
+            id(p): float(group["lr"])
+            for optimizer in self._known
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if "lr" in group
+        }
+
     def before_forward(self) -> None:
         """A forward of the model begins, which may be an evaluation before an optimizer's step."""
         if torch.is_grad_enabled() and self._watched.boundary_due:
