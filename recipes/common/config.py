@@ -18,6 +18,7 @@ _PLUMBING = (
     "preset",
     "output_dir",
     "json",
+    "pace",
     "wandb",
     "project",
     "group",

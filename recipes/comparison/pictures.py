@@ -20,7 +20,7 @@ from comparison.panels import (
 from comparison.results import AXES, Axis, CellResult
 from comparison.style import FONT_SIZE, Look, looks
 
-__all__ = ["draw_all"]
+__all__ = ["draw_all", "draw_curves"]
 
 Looks = dict[Method, Look]
 # Values of an axis in its order, and how they are written below it.
