@@ -20,7 +20,7 @@ _COLUMNS, _ROWS = 150, 42
 # Until it has read the runs, and between two keys.
 _START_S, _KEY_S = 8.0, 1.0
 # Only runs of one seed; all of them on the charts; and of the charts those that tell most.
-_KEYS = ("f", "seed-0", "Enter", "C-a", "y", "/", "by_time|seconds_", "Enter")
+_KEYS = ("f", "-s0-", "Enter", "C-a", "y", "/", "by_time|seconds_", "Enter")
 
 
 def capture(folder: Path) -> str:
