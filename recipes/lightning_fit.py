@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 import commhooks
 from commhooks import CommHooksError, CommHookState
-from common.algorithms import AlgorithmOptions, build_state, signature
+from common.algorithms import AlgorithmOptions, build_state, run_name
 from common.errors import RecipeError
 from common.options import FitOptions, read_command_line, refuse
 from common.report import write_json
@@ -121,7 +121,7 @@ def build_trainer(config: Config, state: CommHookState | None) -> L.Trainer:
     logger = False
     if fit.wandb != "disabled":
         logger = WandbLogger(
-            name=f"lightning {signature(config.method)}",
+            name=run_name(config.method, lr=fit.lr, seed=fit.seed, others=("lightning",)),
             project=fit.project,
             save_dir=str(fit.output_dir),
             offline=fit.wandb == "offline",

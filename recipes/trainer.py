@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from commhooks import CommHooksError, CommHookState
-from common.algorithms import AlgorithmOptions, build_state, signature
+from common.algorithms import AlgorithmOptions, build_state, run_name
 from common.errors import RecipeError
 from common.options import FitOptions, read_command_line, refuse
 from common.report import write_json
@@ -119,7 +119,7 @@ def arguments(config: Config) -> TrainingArguments:
     fit.output_dir.mkdir(parents=True, exist_ok=True)
     return TrainingArguments(
         output_dir=str(fit.output_dir),
-        run_name=f"trainer {signature(config.method)}",
+        run_name=run_name(config.method, lr=fit.lr, seed=fit.seed, others=("trainer",)),
         report_to="none" if fit.wandb == "disabled" else "wandb",
         use_cpu=trains_on_cpu(),
         seed=fit.seed,

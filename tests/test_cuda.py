@@ -112,7 +112,12 @@ def host_seconds_around_a_round(folder: str) -> dict[str, float]:
 
     def one_round() -> Round:
         return Round(
-            Point("a round", 1, 1), buckets, communicator, state, [torch.ones((), device="cuda")]
+            Point("a round", 1, 1),
+            buckets,
+            communicator,
+            state,
+            None,
+            [torch.ones((), device="cuda")],
         )
 
     assert one_round().wait() is None  # NCCL sets itself up
