@@ -389,6 +389,24 @@ class CommHookState(Rules, Joinable):
         else:
             self._load(state_dict, self._registered(), self._form)
 
+    @property
+    def model(self) -> DistributedDataParallel | None:
+        """The registered model; None before it is known."""
+        return self._model() if self._model is not None else None
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise what :meth:`load_state_dict` would raise, and change nothing.
+
+        Raises:
+            CheckpointError: as :meth:`load_state_dict`.
+        """
+        mine = {"algorithm": type(self).__name__, "hyperparameters": self.hyperparameters()}
+        check_identity(state_dict, mine)
+
+    def close(self) -> None:
+        """End the registration. Collective, after :meth:`finish`."""
+        self.finish()
+
     def _load_together(self, engine: Engine, form: str) -> None:
         """Load what was kept; refused on every rank if it does not fit on one. Collective."""
         if self._loaded is None:
