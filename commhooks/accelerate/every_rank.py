@@ -125,8 +125,9 @@ class EveryRank:
                 raise
             reasons = [problem for problem, _ in self._meet(None)]
             if any(reasons):
-                name = method.__name__
-                raise CheckpointError(f"accelerator.{name} failed on a rank: {by_rank(reasons)}")
+                raise CheckpointError(
+                    f"Accelerate's {method.__name__} failed on some rank: {by_rank(reasons)}"
+                )
             return result
 
         return on_every_rank

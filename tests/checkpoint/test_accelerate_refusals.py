@@ -170,7 +170,7 @@ def test_an_object_that_refuses_its_values_on_one_rank_stops_every_rank(
     torch.save({"seen": 4}, tmp_path / "1" / "custom_checkpoint_1.pkl")
     first, second = rank_outcomes(load_with_a_bad_object, 2, tmp_path)
     assert isinstance(first.error, CheckpointError), first.describe()
-    assert "load_state failed on a rank: rank 1: ValueError: an odd number" in str(first.error)
+    assert "load_state failed on some rank: rank 1: ValueError: an odd number" in str(first.error)
     assert isinstance(second.error, ValueError), second.describe()
 
 
