@@ -10,6 +10,7 @@ import hypothesis  # noqa: F401
 import pytest  # noqa: F401
 import torch._dynamo
 import torch.distributed.nn
+import torch.distributed.optim
 import torch.nn.parallel  # noqa: F401
 
 import commhooks  # noqa: F401

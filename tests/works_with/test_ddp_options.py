@@ -1,6 +1,6 @@
 """Pins DDP's own options: bucket views, static graphs, unused parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.cases import Case, two_cases
 from tests.expected import assert_ranks_follow
 from tests.harness import run_ranks
-from tests.training import Form, trajectories
+from tests.training import Form, Trainer, trajectories
 from tests.workload import batch, initialise, plain_sgd
 
 
@@ -32,6 +32,92 @@ def test_options(options: Mapping[str, Any], form: Form) -> None:
         for case in two_cases(warmup_steps=warmup_steps, ddp=options)
     ]
     assert_ranks_follow(cases, run_ranks(trajectories, 2, cases, form))
+
+
+# Parameters of several formats, which DDP puts into buckets of their own.
+
+
+def of_two_dtypes(dtype: torch.dtype) -> nn.Module:
+    return initialise(InItsOwnDtype(nn.Linear(5, 4).double(), nn.Linear(4, 3), nn.Linear(3, 3)))
+
+
+class InItsOwnDtype(nn.Sequential):
+    """Every layer computes in the format of its parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = torch.tanh(layer(x.to(next(layer.parameters()).dtype)))
+        return x
+
+
+def complex_model(dtype: torch.dtype) -> nn.Module:
+    """Complex weights between real ones, in both precisions."""
+    layers = (
+        nn.Linear(5, 4),
+        nn.Linear(4, 4, dtype=torch.complex64),
+        nn.Linear(4, 3, bias=False, dtype=torch.complex128),
+    )
+    return initialise(InItsOwnDtype(*layers))
+
+
+def magnitudes(model: nn.Module, rank: int, step: int) -> None:
+    """Mean squared error of the outputs' magnitudes."""
+    x, y = batch(rank, step)
+    torch.autograd.backward(nn.functional.mse_loss(model(x).abs().float(), y))
+
+
+@pytest.mark.parametrize("form", ["register", "hook"])
+@pytest.mark.parametrize("options", [{}, {"static_graph": True}], ids=str)
+def test_several_dtypes(options: Mapping[str, Any], form: Form) -> None:
+    """A static graph's first backward calls the hook bucket by bucket in an order of its own."""
+    settings: list[dict[str, Any]] = [
+        {"model": of_two_dtypes},
+        {"model": complex_model, "backward": magnitudes},
+    ]
+    cases = [
+        case
+        for each in settings
+        for warmup_steps in (0, 2)
+        for case in [
+            *two_cases(**each, warmup_steps=warmup_steps, optimizers=plain_sgd, ddp=options),
+            Case("AllReduce", optimizers=plain_sgd, ddp=options, **each),
+        ]
+    ]
+    assert_ranks_follow(cases, run_ranks(trajectories, 2, cases, form))
+
+
+def resumed_in_warm_up(cases: Sequence[Case], form: Form) -> None:
+    """In buckets of DDP's that a checkpoint asks for, complex numbers counted as two."""
+    for case in cases:
+        trainer = Trainer(case, form)
+        for step in range(1, case.steps):
+            trainer.step()
+            again = Trainer(case, form)
+            again.steps = step
+            again.model.load_state_dict(trainer.model.state_dict())
+            again.state.load_state_dict(trainer.state.state_dict())
+            twin = Trainer(case, form)
+            for _ in range(step + 1):
+                twin.step()
+            assert torch.equal(again.step(), twin.x), (str(case), step)
+
+
+@pytest.mark.parametrize("form", ["register", "hook"])
+def test_complex_parameters_resumed_in_warm_up(form: Form) -> None:
+    cases = [
+        Case(
+            "OverlapLocalSGD",
+            {"tau": 2},
+            warmup_steps=3,
+            optimizers=plain_sgd,
+            model=complex_model,
+            backward=magnitudes,
+            steps=5,
+            ddp=options,
+        )
+        for options in ({}, {"static_graph": True})
+    ]
+    run_ranks(resumed_in_warm_up, 2, cases, form)
 
 
 class TwoBranches(nn.Module):

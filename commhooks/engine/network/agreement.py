@@ -1,0 +1,75 @@
+"""Ranks tell one another what they are about to do, and all refuse if one differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from commhooks.errors import RegistrationError
+
+__all__ = ["agree", "reasons", "tell"]
+
+T = TypeVar("T")
+
+# Differences named in an error; a model with another width has hundreds.
+_SHOWN = 5
+
+
+def tell(group: dist.ProcessGroup, mine: T) -> list[T]:
+    """Every rank's value, in the order of the group. Collective; blocks."""
+    everyone = [mine] * dist.get_world_size(group)
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def reasons(group: dist.ProcessGroup, mine: str | None) -> str:
+    """Why some ranks cannot go on, rank by rank. Collective; blocks."""
+    everyone = zip(dist.get_process_group_ranks(group), tell(group, mine), strict=True)
+    return "; ".join(f"rank {rank}: {why}" for rank, why in everyone if why)
+
+
+def agree(
+    group: dist.ProcessGroup, facts: Mapping[str, object], refusal: str | None = None
+) -> None:
+    """Compare ``facts`` between the ranks of ``group``. Collective.
+
+    Args:
+        group: the ranks that must agree.
+        facts: what this rank is about to do, by name; values are compared by their ``repr``.
+        refusal: why this rank cannot register, if it cannot.
+
+    Raises:
+        RegistrationError: on every rank, if a rank refuses or two ranks differ.
+    """
+    everyone = tell(group, (refusal, {name: repr(value) for name, value in facts.items()}))
+    ranks = dist.get_process_group_ranks(group)
+    if refusal is not None:
+        raise RegistrationError(refusal)
+    refusals = [f"rank {r}: {why}" for r, (why, _) in zip(ranks, everyone, strict=True) if why]
+    if refusals:
+        raise RegistrationError("Registration was refused on " + "; on ".join(refusals))
+    differences = _differences(ranks, [facts for _, facts in everyone])
+    if differences:
+        more = len(differences) - _SHOWN
+        raise RegistrationError(
+            "The ranks disagree, so their rounds would not match; register the same state on "
+            "every rank. "
+            + "; ".join(differences[:_SHOWN])
+            + (f"; and {more} more differences" if more > 0 else "")
+        )
+
+
+def _differences(ranks: Sequence[int], everyone: Sequence[Mapping[str, str]]) -> list[str]:
+    """One sentence for every name whose value on some rank is not the first rank's."""
+    names = list(dict.fromkeys(name for facts in everyone for name in facts))
+    sentences = []
+    for name in names:
+        values = [facts.get(name, "missing") for facts in everyone]
+        for rank, value in zip(ranks, values, strict=True):
+            if value != values[0]:
+                sentences.append(f"{name}: {values[0]} on rank {ranks[0]}, {value} on rank {rank}")
+                break
+    return sentences

@@ -1,0 +1,1 @@
+"""What becomes of a model's buffers: averaged, the first rank's, or a rank's own."""

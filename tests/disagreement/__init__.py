@@ -1,0 +1,1 @@
+"""Two ranks that do different things: an error on all of them, never an abort, never a hang."""

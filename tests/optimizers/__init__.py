@@ -1,0 +1,1 @@
+"""What may step the model: several optimizers, late ones, subclasses; and what is refused."""
