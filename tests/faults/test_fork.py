@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import scaled
+
 SCRIPT = """
 import os
 import sys
@@ -51,5 +53,5 @@ def test_a_forked_child_leaves_cleanly(algorithm: str, tmp_path: Path) -> None:
         ]
         for rank in ranks:
             stack.callback(rank.kill)
-        errors = [rank.communicate(timeout=90)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=scaled(90))[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
