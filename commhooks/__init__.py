@@ -9,9 +9,11 @@ Every algorithm is the state of one hook, :func:`comm_hook`::
 from commhooks.algorithms.all_reduce import AllReduce
 from commhooks.algorithms.bmuf import BMUF
 from commhooks.algorithms.cocod_sgd import CoCoDSGD
+from commhooks.algorithms.diloco import DiLoCo
 from commhooks.algorithms.easgd import EASGD
 from commhooks.algorithms.local_sgd import LocalSGD
 from commhooks.algorithms.overlap_local_sgd import OverlapLocalSGD
+from commhooks.algorithms.slowmo import SlowMo
 from commhooks.engine.state import CommHookState
 from commhooks.errors import (
     CheckpointError,
@@ -33,11 +35,13 @@ __all__ = [
     "CoCoDSGD",
     "CommHookState",
     "CommHooksError",
+    "DiLoCo",
     "HyperParameterError",
     "LocalSGD",
     "OverlapLocalSGD",
     "RegistrationError",
     "RoundError",
+    "SlowMo",
     "Stats",
     "comm_hook",
 ]

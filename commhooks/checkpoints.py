@@ -13,24 +13,23 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch.distributed as dist
 
-from commhooks.errors import CheckpointError, RoundError
+from commhooks.errors import CheckpointError
+from commhooks.together import by_rank, gathered, together
 
 __all__ = ["Checkpoints", "verify"]
 
 logger = logging.getLogger("commhooks")
-
-T = TypeVar("T")
 
 _NAME = "checkpoint-"
 _ABANDONED = "abandoned-"
 _REPLACED = "replaced-"
 _DRAFT = ".draft-"
 _PRESENT = ".present-"
+_HEX = "[0-9a-f]"
 _MANIFEST = "manifest.json"
 _FORMAT = 1
 
@@ -40,6 +39,10 @@ class Checkpoints:
 
     Every rank makes one and calls its methods, which are collective. The ranks may share the folder
     or have one of this name each, as machines without a common file system do.
+
+    The folder may hold what other tools have written, such as the ``checkpoint-5000`` of Hugging
+    Face's Trainer. A checkpoint of this class has a number of at least eight digits and a
+    ``manifest.json``; whatever has not is left alone.
 
     A checkpoint is written under another name; when every rank is done its files are flushed to
     disk, listed with their sizes and SHA-256 sums in ``manifest.json``, and the directory takes its
@@ -72,7 +75,8 @@ class Checkpoints:
         """Make checkpoint ``number``, and drop those beyond the last ``keep``. Collective.
 
         One of the same number is replaced. Those with higher numbers are of a course that the run
-        has left by going on from an earlier one: they are renamed to ``abandoned-...``.
+        has left by going on from an earlier one: they are renamed to ``abandoned-...``. Folders
+        that this class has not written are neither replaced, renamed nor deleted.
 
         Args:
             number: orders the checkpoints, such as the step.
@@ -83,11 +87,12 @@ class Checkpoints:
             The checkpoint's directory.
 
         Raises:
-            CheckpointError: a rank could not write; raised on the others. That rank raises what
-                ``write`` raised, and no rank has a new checkpoint.
+            CheckpointError: the checkpoint's name is taken by something that this class has not
+                written; or a rank could not write, which raises what ``write`` raised on that rank
+                and CheckpointError on the others. No rank has a new checkpoint.
             RoundError: ``write`` raised it.
         """
-        nonce, *_ = self._gathered(uuid4().hex)
+        nonce, *_ = gathered(uuid4().hex, self._group)
         draft = self.folder / f"{_DRAFT}{nonce}"
 
         def write_draft() -> None:
@@ -96,11 +101,13 @@ class Checkpoints:
             write(draft)
 
         target = self.folder / f"{_NAME}{number:08d}"
+        # Now, since writing may take minutes, and again before the name is taken.
+        self._together(f"{target} was not written", lambda: _refuse_to_replace(target))
         self._together(f"{target} was not written", write_draft)
         # One rank for each file system. All look before the first one takes the marks away.
         sealing, *_ = sorted(draft.glob(f"{_PRESENT}*"))
         chosen = sealing.name == f"{_PRESENT}{self._rank:08d}"
-        self._gathered(None)
+        gathered(None, self._group)
         self._together(
             f"{target} was not written",
             lambda: self._seal(draft, target) if chosen else None,
@@ -110,7 +117,9 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The newest checkpoint that is whole, the same on every rank. Collective.
 
-        Newer ones that are not are logged as errors, with the reason.
+        Newer ones that are not are logged as errors, with the reason. A folder that is named as
+        this class names them and has no manifest counts as one that is not whole: training must
+        not start from the beginning because a file was lost.
 
         Returns:
             Its directory; None if there has never been a checkpoint.
@@ -119,14 +128,14 @@ class Checkpoints:
             CheckpointError: there are checkpoints, and none is whole.
         """
         mine = _numbered(self.folder)
-        numbers = sorted({n for theirs in self._gathered(sorted(mine)) for n in theirs})
-        places = self._gathered(_place(self.folder))
+        numbers = sorted({n for theirs in gathered(sorted(mine), self._group) for n in theirs})
+        places = gathered(_place(self.folder), self._group)
         verifies = places.index(_place(self.folder)) == self._rank
         for number in reversed(numbers):
             reason = verify(mine[number]) if number in mine and verifies else None
             if number not in mine:
                 reason = "it is missing."
-            reasons = self._gathered(reason)
+            reasons = gathered(reason, self._group)
             if not any(reasons):
                 return mine[number]
             if self._rank == 0:
@@ -134,12 +143,12 @@ class Checkpoints:
                     "commhooks: checkpoint %s%08d is not used: %s",
                     _NAME,
                     number,
-                    _by_rank(reasons),
+                    by_rank(reasons),
                 )
         if numbers:
             raise CheckpointError(
                 f"None of the {len(numbers)} checkpoints in {self.folder} is whole; the log says "
-                "what is wrong with each. Remove them to start anew."
+                "what is wrong with each. Move them away to start anew."
             )
         return None
 
@@ -147,29 +156,8 @@ class Checkpoints:
     def _rank(self) -> int:
         return dist.get_rank(self._group) if dist.is_initialized() else 0
 
-    def _gathered(self, value: T) -> list[T]:
-        """Every rank's value. Returns on no rank before all have come."""
-        if not dist.is_initialized():
-            return [value]
-        values: list[Any] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(values, value, group=self._group)
-        return values
-
     def _together(self, complaint: str, action: Callable[[], object]) -> None:
-        """Run ``action`` on every rank; raise on all of them if it fails on one."""
-        failure: Exception | None = None
-        try:
-            action()
-        except RoundError:
-            # It fails on every rank, and the ranks may no longer reach each other.
-            raise
-        except Exception as error:  # noqa: BLE001 - raised again once everybody knows
-            failure = error
-        reasons = self._gathered(f"{type(failure).__name__}: {failure}" if failure else None)
-        if failure is not None:
-            raise failure
-        if any(reasons):
-            raise CheckpointError(f"{complaint}: {_by_rank(reasons)}")
+        together(complaint, action, self._group)
 
     def _seal(self, draft: Path, target: Path) -> None:
         for mark in draft.glob(f"{_PRESENT}*"):
@@ -177,6 +165,7 @@ class Checkpoints:
         _write_manifest(draft)
         for path in (*_files(draft), *_directories(draft)):
             _flush(path)
+        _refuse_to_replace(target)
         # Two steps, between which a crash leaves the old one under another name.
         replaced = self.folder / f"{_REPLACED}{target.name}"
         if target.exists():
@@ -189,7 +178,7 @@ class Checkpoints:
 
     def _tidy(self, latest: Path) -> None:
         """Drop what is too old, what is on another course, and what crashes have left behind."""
-        checkpoints = _numbered(self.folder)
+        checkpoints = {n: path for n, path in _numbered(self.folder).items() if _is_ours(path)}
         for number in [n for n in checkpoints if n > int(latest.name.removeprefix(_NAME))]:
             left = checkpoints.pop(number)
             abandoned = self.folder / f"{_ABANDONED}{left.name}"
@@ -203,7 +192,8 @@ class Checkpoints:
             )
         for number in sorted(checkpoints)[: -self.keep]:
             self._discard(checkpoints[number])
-        for leftover in self.folder.glob(f"{_DRAFT}*"):
+        # Named by a uuid4().hex, so that it can be nobody else's.
+        for leftover in self.folder.glob(f"{_DRAFT}{_HEX * 32}"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _discard(self, checkpoint: Path) -> None:
@@ -286,8 +276,40 @@ def _numbered(folder: Path) -> dict[int, Path]:
         int(number): path
         for prefix in (f"{_REPLACED}{_NAME}", _NAME)
         for path in folder.glob(f"{prefix}*")
-        if (number := path.name.removeprefix(prefix)).isdecimal() and path.is_dir()
+        # Other tools write checkpoint-5000, without the zeros.
+        if (number := path.name.removeprefix(prefix)).isdecimal()
+        and number == f"{int(number):08d}"
+        and path.is_dir()
     }
+
+
+def _is_ours(checkpoint: Path) -> bool:
+    """Whether what bears a checkpoint's name was written by :class:`Checkpoints`.
+
+    A manifest that cannot be read is damage to ours; one that says something else is another's.
+    """
+    try:
+        manifest = json.loads((checkpoint / _MANIFEST).read_bytes())
+    except OSError:
+        return False
+    except ValueError:
+        return True
+    return isinstance(manifest, dict) and {"format", "files"} <= manifest.keys()
+
+
+def _refuse_to_replace(target: Path) -> None:
+    """Raise if a checkpoint of this name would take the place of something that is not one.
+
+    Raises:
+        CheckpointError: it would.
+    """
+    # A broken link exists for rename(), though not for exists().
+    if os.path.lexists(target) and not _is_ours(target):
+        raise CheckpointError(
+            f"{target} is there already and has no {_MANIFEST} of commhooks.checkpoints, so that "
+            "it may be of another tool, and it is left as it is. Give the checkpoints a folder of "
+            "their own, or move it away."
+        )
 
 
 def _place(folder: Path) -> tuple[str, int, int] | None:
@@ -297,7 +319,3 @@ def _place(folder: Path) -> tuple[str, int, int] | None:
     except OSError:
         return None
     return socket.gethostname(), found.st_dev, found.st_ino
-
-
-def _by_rank(reasons: list[str | None]) -> str:
-    return " ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)

@@ -38,21 +38,34 @@ class RoundError(CommHooksError, RuntimeError):
         step: step at which the failure surfaced, counted from 1.
         ranks: global ranks that take part in the rounds.
         cause: what the communication backend (or the chained update) reported.
+        passing: whether training can go on, on all ranks, since nothing was in flight.
     """
 
     def __init__(
-        self, algorithm: str, number: int, step: int, ranks: Sequence[int], cause: str
+        self,
+        algorithm: str,
+        number: int,
+        step: int,
+        ranks: Sequence[int],
+        cause: str,
+        passing: bool = False,
     ) -> None:
         self.algorithm = algorithm
         self.round = number
         self.step = step
         self.ranks = tuple(ranks)
         self.cause = cause
-        super().__init__(algorithm, number, step, self.ranks, cause)
+        self.passing = passing
+        super().__init__(algorithm, number, step, self.ranks, cause, passing)
 
     def __str__(self) -> str:
+        advice = (
+            "Nothing has changed, and training can go on."
+            if self.passing
+            else "The local parameters are as the optimizer last wrote them; restart the job from "
+            "its newest checkpoint."
+        )
         return (
             f"{self.algorithm}: round {self.round} failed at step {self.step} among ranks "
-            f"{list(self.ranks)}: {self.cause} The local parameters are as the optimizer last "
-            "wrote them; restart the job from its newest checkpoint."
+            f"{list(self.ranks)}: {self.cause} {advice}"
         )

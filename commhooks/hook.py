@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from commhooks.errors import RegistrationError
+
 if TYPE_CHECKING:
     from commhooks.engine.state import CommHookState
 
@@ -34,7 +36,17 @@ def comm_hook(
         rank's own afterwards.
 
     Raises:
-        RegistrationError: the gradients are sparse, or (bare form, first backward) the ranks
-            disagree on the algorithm, its hyper-parameters or the parameters.
+        RegistrationError: ``state`` is no state, the gradients are sparse, or (bare form, first
+            backward) the ranks disagree on the algorithm, its hyper-parameters or the parameters.
     """
+    # DDP hands on whatever it was given as a state: also None, or a class that nobody called.
+    if isinstance(state, type) or not hasattr(state, "reduce_gradients"):
+        given = f"the class {state.__name__}" if isinstance(state, type) else repr(state)
+        raise RegistrationError(
+            f"comm_hook needs a state of this package, and DDP was given {given} for it. A DDP "
+            "model keeps its first hook, so wrap the module in a new DistributedDataParallel; then "
+            "build a state, such as state = commhooks.LocalSGD(tau=8), and call "
+            "state.register(ddp_model, optimizer), or "
+            "ddp_model.register_comm_hook(state, commhooks.comm_hook)."
+        )
     return state.reduce_gradients(bucket)

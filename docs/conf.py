@@ -23,6 +23,8 @@ extensions = [
 ]
 exclude_patterns = ["_build"]
 
+# The pages can be built without the extra `frameworks`.
+autodoc_mock_imports = ["lightning", "transformers"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "show-inheritance": True}

@@ -41,11 +41,13 @@ class Compare:
     """What is compared, and where."""
 
     grid: Annotated[str, tyro.conf.arg(metavar="|".join(GRIDS))] = "short"
-    """Where to start from; the next five options change it."""
+    """Where to start from; the next six options change it."""
     algorithms: Annotated[tuple[str, ...] | None, _of_grid("NAME[:OPTION=VALUE,...] [...]")] = None
     """Algorithms with hyper-parameters: ddp overlap-local-sgd:alpha=0.6,beta=0.7"""
     tau: Annotated[tuple[int, ...] | None, _of_grid("STEPS [STEPS ...]")] = None
     """Steps between two averagings."""
+    lr: Annotated[tuple[float, ...] | None, _of_grid("RATE [RATE ...]")] = None
+    """Learning rates; a grid without any leaves it to the recipe."""
     partitions: Annotated[tuple[Scheme, ...] | None, _of_grid("NAME [NAME ...]")] = None
     """iid, dirichlet, major-class."""
     seeds: Annotated[tuple[int, ...] | None, _of_grid("SEED [SEED ...]")] = None
@@ -84,6 +86,7 @@ class Compare:
         grid = GRIDS[self.grid].with_changes(
             algorithms=self.algorithms,
             tau=self.tau,
+            lr=self.lr,
             partitions=self.partitions,
             seeds=self.seeds,
             workers=self.workers,

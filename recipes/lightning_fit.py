@@ -1,4 +1,4 @@
-"""Lightning with any algorithm of commhooks, through its DDPStrategy.
+"""Lightning with any algorithm of commhooks, through commhooks.lightning.
 
     accelerate launch --multi_gpu --num_processes 2 recipes/lightning_fit.py --algorithm local-sgd
 
@@ -9,9 +9,7 @@ GPUs where there is one for each process and on the CPU elsewhere.
 
 import math
 import os
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 # First: torchmetrics imports torchvision, which beside a CPU build of torch takes some help.
 import common.torchvision_cpu  # noqa: F401
@@ -20,22 +18,20 @@ import common.torchvision_cpu  # noqa: F401
 import lightning as L
 import torch
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-import commhooks
 from commhooks import CommHooksError, CommHookState
-from common.algorithms import AlgorithmOptions, build_state, signature
+from commhooks.lightning import Consensus
+from common.algorithms import AlgorithmOptions, build_state, run_name
 from common.errors import RecipeError
 from common.options import FitOptions, read_command_line, refuse
 from common.report import write_json
 from common.session import require_workers, trains_on_cpu
 from common.text import load_text, whole_batches
-from common.tracking import comm_metrics
 from common.transformer import ByteTransformer
 
 _PRECISION = {"no": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -76,44 +72,6 @@ class LanguageModel(L.LightningModule):
         return AdamW(self.parameters(), lr=self.lr)
 
 
-class Consensus(L.Callback):
-    """Validates and saves the consensus model, and ends on it."""
-
-    def __init__(self, state: CommHookState) -> None:
-        self.state = state
-        self.validating = ExitStack()
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        # Lightning hands the hook on to DDP on GPUs alone, and says nothing elsewhere.
-        if trainer.strategy.root_device.type != "cuda":
-            trainer.strategy.model.register_comm_hook(self.state, commhooks.comm_hook)
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.logger and trainer.global_step % trainer.log_every_n_steps == 0:
-            trainer.logger.log_metrics(comm_metrics(self.state.stats), step=trainer.global_step)
-
-    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            self.validating.enter_context(self.state.averaged())
-
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.validating.close()
-
-    def on_exception(self, *_: Any) -> None:
-        self.validating.close()
-
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        # Lightning calls this on every worker, and writes what the first one has.
-        with self.state.averaged():
-            weights = trainer.strategy.lightning_module_state_dict()
-            checkpoint["state_dict"] = {name: value.clone() for name, value in weights.items()}
-
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.state.finish()
-
-
 def build_trainer(config: Config, state: CommHookState | None) -> L.Trainer:
     """The Trainer of this worker, one of those that were launched."""
     fit = config.fit
@@ -121,7 +79,7 @@ def build_trainer(config: Config, state: CommHookState | None) -> L.Trainer:
     logger = False
     if fit.wandb != "disabled":
         logger = WandbLogger(
-            name=f"lightning {signature(config.method)}",
+            name=run_name(config.method, lr=fit.lr, seed=fit.seed, others=("lightning",)),
             project=fit.project,
             save_dir=str(fit.output_dir),
             offline=fit.wandb == "offline",
@@ -129,26 +87,18 @@ def build_trainer(config: Config, state: CommHookState | None) -> L.Trainer:
             job_type="train",
             tags=[config.method.algorithm, "lightning", *fit.tags],
         )
-    # begin: strategy
-    strategy = DDPStrategy()
-    callbacks = []
-    if state is not None:
-        strategy = DDPStrategy(ddp_comm_state=state, ddp_comm_hook=commhooks.comm_hook)
-        callbacks = [Consensus(state)]
-    # end: strategy
     return L.Trainer(
         accelerator="cpu" if trains_on_cpu() else "gpu",
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
         num_nodes=int(os.environ["GROUP_WORLD_SIZE"]),
-        strategy=strategy,
-        callbacks=callbacks,
+        strategy="ddp",
+        callbacks=[] if state is None else [Consensus(state)],
         precision=_PRECISION[fit.mixed_precision],
         max_steps=fit.max_steps,
         accumulate_grad_batches=fit.accumulate,
         gradient_clip_val=fit.clip or None,
         val_check_interval=fit.eval_every * fit.accumulate,
         check_val_every_n_epoch=None,
-        # A state is not registered before the first backward.
         num_sanity_val_steps=0,
         log_every_n_steps=fit.log_every,
         logger=logger,

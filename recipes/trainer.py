@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with any algorithm of commhooks: a callback that registers the hook.
+"""Hugging Face's Trainer with any algorithm of commhooks, through commhooks.transformers.
 
     accelerate launch --multi_gpu --num_processes 2 recipes/trainer.py --algorithm local-sgd
 
@@ -8,9 +8,7 @@ downloaded. Runs on GPUs where there is one for each process and on the CPU else
 
 import math
 import os
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 # First: transformers imports torchvision, which beside a CPU build of torch takes some help.
 import common.torchvision_cpu  # noqa: F401
@@ -20,16 +18,16 @@ import torch
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils.data import Dataset, Subset
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from commhooks import CommHooksError, CommHookState
-from common.algorithms import AlgorithmOptions, build_state, signature
+from commhooks.transformers import ConsensusTrainer
+from common.algorithms import AlgorithmOptions, build_state, run_name
 from common.errors import RecipeError
 from common.options import FitOptions, read_command_line, refuse
 from common.report import write_json
 from common.session import require_workers, trains_on_cpu
 from common.text import Windows, load_text, whole_batches
-from common.tracking import comm_metrics
 from common.transformer import VOCABULARY
 
 # A label that no loss counts.
@@ -42,48 +40,6 @@ class Config:
 
     method: AlgorithmOptions = field(default_factory=AlgorithmOptions)
     fit: FitOptions = field(default_factory=FitOptions)
-
-
-class CommHook(TrainerCallback):
-    """Registers a state once Trainer has wrapped the model, and finishes when training is over."""
-
-    def __init__(self, state: CommHookState) -> None:
-        self.state = state
-
-    def attach(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        trainer.add_callback(self)
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.state.register(self.trainer.model_wrapped, self.trainer.optimizer)
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.state.finish()
-
-
-class ConsensusTrainer(Trainer):
-    """Evaluates and saves the consensus model; Trainer alone takes what each worker has."""
-
-    hook: CommHook | None = None
-
-    def consensus(self) -> AbstractContextManager[None]:
-        if self.hook is None or not self.is_in_train:
-            return nullcontext()
-        return self.hook.state.averaged()
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self.consensus():
-            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        return metrics
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self.hook is not None:
-            logs = logs | comm_metrics(self.hook.state.stats)
-        super().log(logs, *args, **kwargs)
-
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        with self.consensus():
-            super().save_model(*args, **kwargs)
 
 
 class Samples(Dataset[dict[str, Tensor]]):
@@ -119,7 +75,7 @@ def arguments(config: Config) -> TrainingArguments:
     fit.output_dir.mkdir(parents=True, exist_ok=True)
     return TrainingArguments(
         output_dir=str(fit.output_dir),
-        run_name=f"trainer {signature(config.method)}",
+        run_name=run_name(config.method, lr=fit.lr, seed=fit.seed, others=("trainer",)),
         report_to="none" if fit.wandb == "disabled" else "wandb",
         use_cpu=trains_on_cpu(),
         seed=fit.seed,
@@ -135,11 +91,9 @@ def arguments(config: Config) -> TrainingArguments:
         eval_steps=fit.eval_every,
         logging_steps=fit.log_every,
         save_strategy="no",
-        # begin: arguments
         # Both would be a collective at every step, for which the workers wait.
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=False,
-        # end: arguments
     )
 
 
@@ -164,13 +118,13 @@ def build_trainer(config: Config, state: CommHookState | None) -> ConsensusTrain
             eos_token_id=0,
         )
     )
-    trainer = ConsensusTrainer(
-        model, arguments(config), train_dataset=Samples(text.train), eval_dataset=Samples(test)
+    return ConsensusTrainer(
+        model,
+        arguments(config),
+        train_dataset=Samples(text.train),
+        eval_dataset=Samples(test),
+        comm_state=state,
     )
-    if state is not None:
-        trainer.hook = CommHook(state)
-        trainer.hook.attach(trainer)
-    return trainer
 
 
 @record

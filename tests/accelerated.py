@@ -54,19 +54,20 @@ class Scaling:
         return torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
 
 
+def rank_environment() -> None:
+    """What a launcher would have told this rank."""
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ["OMP_NUM_THREADS"] = "1"  # which Accelerate would raise
+
+
 class Accelerated:
     """The model, optimizers, scheduler and state of one rank, as a recipe would set them up."""
 
     def __init__(self, case: Case, scaling: Scaling | None = None) -> None:
         self.case, self.rank, self.steps = case, dist.get_rank(), 0
         self.scaling = scaling
-        os.environ |= {
-            "RANK": str(self.rank),
-            "LOCAL_RANK": str(self.rank),
-            "WORLD_SIZE": str(dist.get_world_size()),
-            "LOCAL_WORLD_SIZE": str(dist.get_world_size()),
-            "OMP_NUM_THREADS": "1",  # which Accelerate would raise
-        }
+        rank_environment()
         from accelerate import Accelerator  # slow, and not every rank's business
 
         self.accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)

@@ -17,7 +17,7 @@ class Signals:
     def given(self, name: str) -> bool:
         return (self.folder / name).exists()
 
-    def await_(self, name: str, patience: float = 30.0) -> None:
+    def await_(self, name: str, patience: float = 300.0) -> None:
         deadline = time.monotonic() + patience
         while not self.given(name):
             if time.monotonic() > deadline:

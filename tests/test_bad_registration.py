@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -129,10 +130,47 @@ def another_group_than_the_models() -> None:
     commhooks.LocalSGD(tau=2, process_group=dist.group.WORLD).register(model, an_optimizer(model))
 
 
+def an_optimizer_by_keyword() -> None:
+    model = a_model()
+    register: Any = commhooks.LocalSGD(tau=2).register
+    register(model, optimizer=an_optimizer(model))
+
+
+def register_called_on_the_class() -> None:
+    model = a_model()
+    register: Any = commhooks.OverlapLocalSGD.register
+    register(model, an_optimizer(model))
+
+
+def in_the_bare_form(state: object) -> None:
+    model = a_model()
+    model.register_comm_hook(state, commhooks.comm_hook)
+    gradient(model, dist.get_rank(), 1)
+
+
+def none_in_the_bare_form() -> None:
+    in_the_bare_form(None)
+
+
+def a_class_in_the_bare_form() -> None:
+    in_the_bare_form(commhooks.LocalSGD)
+
+
+def something_else_in_the_bare_form() -> None:
+    in_the_bare_form({"tau": 8})
+
+
+THE_RIGHT_CALL = r"state\.register\(ddp_model, optimizer\)"
+
 REFUSALS: list[tuple[Misuse, str]] = [
     (not_ddp, "wrap.*DistributedDataParallel"),
     (not_even_a_module, "DistributedDataParallel"),
-    (no_optimizer, r"state\.register\(ddp_model, optimizer\)"),
+    (no_optimizer, THE_RIGHT_CALL),
+    (an_optimizer_by_keyword, THE_RIGHT_CALL),
+    (register_called_on_the_class, THE_RIGHT_CALL),
+    (none_in_the_bare_form, "was given None.*" + THE_RIGHT_CALL),
+    (a_class_in_the_bare_form, "was given the class LocalSGD.*" + THE_RIGHT_CALL),
+    (something_else_in_the_bare_form, "was given {'tau': 8}.*" + THE_RIGHT_CALL),
     (not_an_optimizer, r"torch\.optim\.Optimizer"),
     (a_scaler_for_an_optimizer, "scaler=scaler"),
     (not_a_scaler, r"torch\.amp\.GradScaler"),

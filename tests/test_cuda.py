@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import commhooks
-from commhooks.engine.communicator import Communicator
-from commhooks.engine.layout import build_buckets
-from commhooks.engine.round import Round
+from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.network.ticket import Point
+from commhooks.engine.rounds.round import Round
+from commhooks.engine.vectors.buckets import build_buckets
 from tests.cases import Case, two_cases
 from tests.expected import assert_follows, reference_trajectory
 from tests.harness import run_ranks
@@ -99,7 +100,7 @@ def sleep_on_the_gpu() -> None:
 def host_seconds_around_a_round(folder: str) -> dict[str, float]:
     """Launched behind queued work and waited for with more queued since; neither may block."""
     start_nccl(folder)
-    communicator = Communicator(dist.group.WORLD)  # type: ignore[arg-type]
+    communicator = Communicator(dist.group.WORLD, "commhooks")  # type: ignore[arg-type]
     # Alone it would not communicate.
     own = dist.new_group([0], backend="nccl")
     communicator._own = weakref.ref(own)
@@ -110,7 +111,14 @@ def host_seconds_around_a_round(folder: str) -> dict[str, float]:
         bucket.vectors["wire"].fill_(3.0)
 
     def one_round() -> Round:
-        return Round(1, buckets, communicator, state, [torch.ones((), device="cuda")])
+        return Round(
+            Point("a round", 1, 1),
+            buckets,
+            communicator,
+            state,
+            None,
+            [torch.ones((), device="cuda")],
+        )
 
     assert one_round().wait() is None  # NCCL sets itself up
     torch.cuda.synchronize()

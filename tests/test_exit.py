@@ -1,66 +1,99 @@
 """Pins that a process may end with a round in flight, and is not aborted by what it leaves."""
 
+import json
 import subprocess
 import sys
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-WITH_A_ROUND_IN_FLIGHT = """
+from tests.harness import scaled
+
+SCENARIOS = ("round", "gradients")
+ENDS = ("destroy", "leave")
+
+# Forks two ranks for every scenario and end. Each falls off the end of the program, and so ends
+# as an interpreter does: with exit functions and static destructors.
+PROGRAM = """
+import ctypes
+import json
+import os
+import signal
 import sys
 import time
-import torch.distributed as dist
-from tests.cases import one_case
-from tests.training import Trainer
-
-folder, rank, destroy = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-trainer = Trainer(one_case("OverlapLocalSGD", 3))
-for step in range(1, 7):
-    if step == 6 and rank == 1:
-        time.sleep(1)  # rank 0 is on its way out, if nothing keeps it
-    trainer.step()  # the last one launches a round, and nobody waits for it
-if destroy == "destroy":
-    dist.destroy_process_group()
-"""
-
-
-WITH_GRADIENTS_JUST_AVERAGED = """
-import sys
+from datetime import timedelta
+from pathlib import Path
+import torch
 import torch.distributed as dist
 from tests.cases import one_case
 from tests.late_release import release_callbacks_late
 from tests.training import Trainer
 
-folder, rank, destroy = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-release_callbacks_late()
-Trainer(one_case("AllReduce", 1)).step()
-if destroy == "destroy":
-    dist.destroy_process_group()
+
+def with_a_round_in_flight(rank):
+    trainer = Trainer(one_case("OverlapLocalSGD", 3))
+    for step in range(1, 7):
+        if step == 6 and rank == 1:
+            time.sleep(1)  # rank 0 is on its way out, if nothing keeps it
+        trainer.step()  # the last one launches a round, and nobody waits for it
+
+
+def with_gradients_just_averaged(rank):
+    release_callbacks_late()
+    Trainer(one_case("AllReduce", 1)).step()
+
+
+def main(folder, scenario, end, rank):
+    torch.set_num_threads(1)
+    store = f"file://{folder / scenario}-{end}"
+    minute = timedelta(minutes=1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=minute)
+    {"round": with_a_round_in_flight, "gradients": with_gradients_just_averaged}[scenario](rank)
+    if end == "destroy":
+        dist.destroy_process_group()
+
+
+folder, scenarios, ends = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3].split(",")
+children = {}
+for name in [(s, e, r) for s in scenarios for e in ends for r in range(2)]:
+    if (pid := os.fork()) == 0:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # end with the parent, however it ends
+        main(folder, *name)
+        break
+    children[pid] = name
+else:
+    statuses = {}
+    for _ in range(len(children)):
+        pid, status = os.wait()
+        scenario, end, _ = children[pid]
+        statuses.setdefault(f"{scenario}-{end}", []).append(os.waitstatus_to_exitcode(status))
+    (folder / "statuses.json").write_text(json.dumps(statuses))
 """
 
 
-@pytest.mark.parametrize("destroy", ["destroy", "leave"])
-@pytest.mark.parametrize(
-    "script", [WITH_A_ROUND_IN_FLIGHT, WITH_GRADIENTS_JUST_AVERAGED], ids=["round", "gradients"]
-)
-def test_a_process_may_end_at_any_time(script: str, destroy: str, tmp_path: Path) -> None:
-    with ExitStack() as stack:
-        ranks = [
-            stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-c", script, str(tmp_path), str(rank), destroy],
-                    cwd=Path(__file__).parent.parent,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            for rank in range(2)
-        ]
-        for rank in ranks:
-            stack.callback(rank.kill)
-        errors = [rank.communicate(timeout=90)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+@pytest.fixture(scope="module")
+def statuses(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[int]]:
+    """The exit codes of both ranks, by scenario and end."""
+    folder = tmp_path_factory.mktemp("ends")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(folder), ",".join(SCENARIOS), ",".join(ENDS)],
+        cwd=Path(__file__).parent.parent,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=scaled(60),
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    print(done.stderr)
+    read: dict[str, list[int]] = json.loads((folder / "statuses.json").read_text())
+    return read
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_process_may_end_at_any_time(
+    scenario: str, end: str, statuses: Mapping[str, list[int]]
+) -> None:
+    assert statuses[f"{scenario}-{end}"] == [0, 0]

@@ -20,6 +20,7 @@ from tests.harness import (
     ResourcesLeaked,
     rank_outcomes,
     run_ranks,
+    scaled,
 )
 
 
@@ -166,17 +167,17 @@ def test_ranks_end_with_a_killed_parent(how: signal.Signals, tmp_path: Path) -> 
         try:
             pids = [_eventually_read(tmp_path / f"pid{rank}") for rank in range(2)]
             parent.send_signal(how)
-            parent.wait(timeout=30)
+            parent.wait(timeout=scaled(30))
         finally:
             parent.kill()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + scaled(30)
     while any(_alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "a rank outlived the process that started it"
         time.sleep(0.05)
 
 
 def _eventually_read(path: Path) -> int:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + scaled(60)
     while not (path.exists() and path.read_text()):
         assert time.monotonic() < deadline, f"{path.name} never appeared"
         time.sleep(0.05)

@@ -1,6 +1,7 @@
 """Pins that `import commhooks` needs torch alone, and is quick because it loads little else."""
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import commhooks
+from tests.harness import scaled
 
 PACKAGE = Path(commhooks.__file__).parent
 
@@ -21,12 +23,17 @@ print("\\n".join(sorted(set(sys.modules) - before)))
 """
 
 
-def loaded_by_commhooks() -> set[str]:
+@functools.cache
+def loaded_by_commhooks() -> frozenset[str]:
     """Modules that are there after the import and were not after torch's."""
     done = subprocess.run(
-        [sys.executable, "-c", LOADED], capture_output=True, text=True, check=True, timeout=100
+        [sys.executable, "-c", LOADED],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=scaled(100),
     )
-    return set(done.stdout.split())
+    return frozenset(done.stdout.split())
 
 
 def test_nothing_is_imported_beyond_torch_and_the_standard_library() -> None:

@@ -25,3 +25,4 @@ class AllReduce(CommHookState):
     """
 
     synchronous = True
+    tau = 1

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from commhooks.engine.state import CommHookState, EngineOptions
-from commhooks.hyperparameters import (
-    flag,
-    half_open_unit,
-    integer_at_least,
-    positive_real,
-)
+from commhooks.engine.state import CommHookState
+from commhooks.hyperparameters import Flag, HalfOpenUnit, Positive, Steps
 
 __all__ = ["BMUF"]
 
 
+@dataclass(eq=False, repr=False)
 class BMUF(CommHookState):
     r"""Blockwise model-update filtering (Chen & Huo, ICASSP 2016).
 
@@ -40,37 +36,12 @@ class BMUF(CommHookState):
         eta: block momentum, in [0, 1); None means 1 - 1 / m for m workers.
         zeta: block learning rate, above 0.
         nesterov: whether the models restart ahead of W, at W + eta Delta.
-        **options: ``process_group``, ``warmup_steps`` and ``bucket_cap_mb``, see
-            :class:`~commhooks.engine.state.CommHookState`.
-
-    Raises:
-        HyperParameterError: an argument has the wrong type or lies outside its range.
     """
 
-    def __init__(
-        self,
-        tau: int,
-        eta: float | None = None,
-        zeta: float = 1.0,
-        nesterov: bool = False,
-        **options: Unpack[EngineOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.tau = integer_at_least("tau", tau, 1)
-        self.eta = None if eta is None else half_open_unit("eta", eta)
-        self.zeta = positive_real("zeta", zeta)
-        self.nesterov = flag("nesterov", nesterov)
-        self.resolve(1)
-
-    def hyperparameters(self) -> dict[str, object]:
-        """The hyper-parameters as plain values, by the names the constructor takes."""
-        own = {
-            "tau": self.tau,
-            "eta": self.eta,
-            "zeta": self.zeta,
-            "nesterov": self.nesterov,
-        }
-        return {**own, **super().hyperparameters()}
+    tau: Steps
+    eta: HalfOpenUnit | None = None
+    zeta: Positive = 1.0
+    nesterov: Flag = False
 
     def resolve(self, m: int) -> None:
         """Fix eta for ``m`` workers."""

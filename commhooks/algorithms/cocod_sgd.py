@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from commhooks.engine.state import CommHookState, EngineOptions
-from commhooks.hyperparameters import integer_at_least
+from commhooks.engine.state import CommHookState
+from commhooks.hyperparameters import Steps
 
 __all__ = ["CoCoDSGD"]
 
 
+@dataclass(eq=False, repr=False)
 class CoCoDSGD(CommHookState):
     r"""CoCoD-SGD, computation and communication decoupled (Shen et al., IJCAI 2019).
 
@@ -30,23 +31,12 @@ class CoCoDSGD(CommHookState):
 
     Args:
         tau: steps from one boundary to the next; a round has as long to be hidden.
-        **options: ``process_group``, ``warmup_steps`` and ``bucket_cap_mb``, see
-            :class:`~commhooks.engine.state.CommHookState`.
-
-    Raises:
-        HyperParameterError: an argument has the wrong type or lies outside its range.
     """
+
+    tau: Steps
 
     overlapped = True
     portable = False  # s is where this rank was
-
-    def __init__(self, tau: int, **options: Unpack[EngineOptions]) -> None:
-        super().__init__(**options)
-        self.tau = integer_at_least("tau", tau, 1)
-
-    def hyperparameters(self) -> dict[str, object]:
-        """The hyper-parameters as plain values, by the names the constructor takes."""
-        return {"tau": self.tau, **super().hyperparameters()}
 
     @property
     def vectors(self) -> tuple[str, ...]:

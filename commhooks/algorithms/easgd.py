@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from commhooks.engine.state import CommHookState, EngineOptions
-from commhooks.hyperparameters import closed_unit, integer_at_least
+from commhooks.engine.state import CommHookState
+from commhooks.hyperparameters import Steps, Unit
 
 __all__ = ["EASGD"]
 
 
+@dataclass(eq=False, repr=False)
 class EASGD(CommHookState):
     r"""Elastic averaging SGD (Zhang, Choromanska & LeCun, NeurIPS 2015), overlapped.
 
@@ -30,26 +31,12 @@ class EASGD(CommHookState):
     Args:
         tau: steps from one boundary to the next; a round has as long to be hidden.
         alpha: elastic pull, in [0, 1]; None means 0.9 / m for m workers (the paper's beta = 0.9).
-        **options: ``process_group``, ``warmup_steps`` and ``bucket_cap_mb``, see
-            :class:`~commhooks.engine.state.CommHookState`.
-
-    Raises:
-        HyperParameterError: an argument has the wrong type or lies outside its range.
     """
 
+    tau: Steps
+    alpha: Unit | None = None
+
     overlapped = True
-
-    def __init__(
-        self, tau: int, alpha: float | None = None, **options: Unpack[EngineOptions]
-    ) -> None:
-        super().__init__(**options)
-        self.tau = integer_at_least("tau", tau, 1)
-        self.alpha = None if alpha is None else closed_unit("alpha", alpha)
-        self.resolve(1)
-
-    def hyperparameters(self) -> dict[str, object]:
-        """The hyper-parameters as plain values, by the names the constructor takes."""
-        return {"tau": self.tau, "alpha": self.alpha, **super().hyperparameters()}
 
     def resolve(self, m: int) -> None:
         """Fix alpha for ``m`` workers."""

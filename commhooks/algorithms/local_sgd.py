@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from commhooks.engine.state import CommHookState, EngineOptions
-from commhooks.hyperparameters import integer_at_least
+from commhooks.engine.state import CommHookState
+from commhooks.hyperparameters import Steps
 
 __all__ = ["LocalSGD"]
 
 
+@dataclass(eq=False, repr=False)
 class LocalSGD(CommHookState):
     r"""Local SGD (Stich, ICLR 2019; Yu et al., AAAI 2019; Wang & Joshi, 2018).
 
@@ -23,20 +24,9 @@ class LocalSGD(CommHookState):
 
     Args:
         tau: steps from one averaging to the next.
-        **options: ``process_group``, ``warmup_steps`` and ``bucket_cap_mb``, see
-            :class:`~commhooks.engine.state.CommHookState`.
-
-    Raises:
-        HyperParameterError: an argument has the wrong type or lies outside its range.
     """
 
-    def __init__(self, tau: int, **options: Unpack[EngineOptions]) -> None:
-        super().__init__(**options)
-        self.tau = integer_at_least("tau", tau, 1)
-
-    def hyperparameters(self) -> dict[str, object]:
-        """The hyper-parameters as plain values, by the names the constructor takes."""
-        return {"tau": self.tau, **super().hyperparameters()}
+    tau: Steps
 
     def mix(self, *, x: Tensor, wire: Tensor) -> None:
         """x <- mean."""

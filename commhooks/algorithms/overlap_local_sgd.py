@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from commhooks.engine.state import CommHookState, EngineOptions
-from commhooks.hyperparameters import closed_unit, half_open_unit, integer_at_least
+from commhooks.engine.state import CommHookState
+from commhooks.hyperparameters import HalfOpenUnit, Steps, Unit
 
 __all__ = ["OverlapLocalSGD"]
 
 
+@dataclass(eq=False, repr=False)
 class OverlapLocalSGD(CommHookState):
     r"""Overlap-Local-SGD (Wang, Liang & Joshi, ICASSP 2020, arXiv:2002.09539).
 
@@ -35,31 +36,13 @@ class OverlapLocalSGD(CommHookState):
         tau: steps from one boundary to the next; a round has as long to be hidden.
         alpha: pull towards the anchor, in [0, 1]. The paper uses 0.6.
         beta: momentum of the anchor, in [0, 1). The paper uses 0.7.
-        **options: ``process_group``, ``warmup_steps`` and ``bucket_cap_mb``, see
-            :class:`~commhooks.engine.state.CommHookState`.
-
-    Raises:
-        HyperParameterError: an argument has the wrong type or lies outside its range.
     """
 
+    tau: Steps
+    alpha: Unit = 0.6
+    beta: HalfOpenUnit = 0.0
+
     overlapped = True
-
-    def __init__(
-        self,
-        tau: int,
-        alpha: float = 0.6,
-        beta: float = 0.0,
-        **options: Unpack[EngineOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.tau = integer_at_least("tau", tau, 1)
-        self.alpha = closed_unit("alpha", alpha)
-        self.beta = half_open_unit("beta", beta)
-
-    def hyperparameters(self) -> dict[str, object]:
-        """The hyper-parameters as plain values, by the names the constructor takes."""
-        own = {"tau": self.tau, "alpha": self.alpha, "beta": self.beta}
-        return {**own, **super().hyperparameters()}
 
     @property
     def vectors(self) -> tuple[str, ...]:

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
 from torch import Tensor
 
-from commhooks.engine.layout import Bucket
+from commhooks.engine.vectors.buckets import Bucket
 from commhooks.errors import CheckpointError
 
-__all__ = ["check_identity", "check_shapes", "dump_vectors", "load_vectors", "shapes"]
+if TYPE_CHECKING:
+    from commhooks.engine.rounds.fragment import Fragment
 
-FORMAT = 3
+__all__ = ["check_identity", "check_values", "dump_vectors", "load_vectors", "shapes"]
+
+FORMAT = 4
 """Version of the dictionary's layout; a later one that reads differently gets another number.
 
-2 added ``gradient_buckets``, without which a resume is not exact where gradients are averaged; 3
-the parameters' ``shapes``, since not every state keeps vectors to tell another model by.
+3 added the parameters' ``shapes``, since not every state keeps vectors to tell another model by; 4
+took out the layout of DDP's gradient buckets and gave every fragment a schedule of its own.
 """
+
+_COUNTERS = {
+    "schedule": ("step", "origin"),
+    "meter": ("rounds_launched", "rounds_used", "bytes_reduced"),
+}
+_SECONDS = ("seconds_exposed", "seconds_hidden")
+_FLAGS = ("started", "drifted", "disabled")
 
 
 def shapes(buckets: Sequence[Bucket]) -> list[list[int]]:
     """The shapes of the parameters, in the engine's order."""
     return [list(tensor.shape) for bucket in buckets for tensor in bucket.tensors]
-
-
-def check_shapes(saved: Sequence[Sequence[int]], mine: Sequence[Sequence[int]]) -> None:
-    """Refuse a checkpoint of another model.
-
-    Raises:
-        CheckpointError: another number of parameters, or another shape.
-    """
-    if saved == mine:
-        return
-    position = next(
-        (i for i, (a, b) in enumerate(zip(saved, mine, strict=False)) if a != b),
-        min(len(saved), len(mine)),
-    )
-    raise CheckpointError(
-        f"The checkpoint is of another model: {len(saved)} parameters, here {len(mine)}; they "
-        f"first differ at parameter number {position}, {saved[position : position + 1]} in the "
-        f"checkpoint and {mine[position : position + 1]} here."
-    )
 
 
 def dump_vectors(buckets: Sequence[Bucket], names: Iterable[str]) -> dict[str, list[Tensor]]:
@@ -63,12 +56,16 @@ def load_vectors(buckets: Sequence[Bucket], vectors: Mapping[str, Sequence[Tenso
             rest = rest[count:]
 
 
-def check_identity(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+def check_identity(saved: object, mine: Mapping[str, Any]) -> None:
     """Compare what a checkpoint says of itself with what a state would write.
 
     Raises:
         CheckpointError: another format, or they differ; every difference is named.
     """
+    if not isinstance(saved, Mapping):
+        raise CheckpointError(
+            f"Expected what state.state_dict() gave, a dictionary, got a {type(saved).__name__}."
+        )
     if saved.get("format") != FORMAT:
         raise CheckpointError(
             f"The checkpoint is of format {saved.get('format')!r}, this version of commhooks "
@@ -83,3 +80,130 @@ def check_identity(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
         raise CheckpointError(
             "The checkpoint belongs to another run: " + "; ".join(differences) + "."
         )
+
+
+def check_values(
+    saved: Mapping[str, Any], fragments: Sequence[Fragment], vectors: Sequence[str] | None
+) -> None:
+    """Refuse a checkpoint that is damaged or of another model, before any of it is used.
+
+    Args:
+        saved: what :meth:`Engine.state_dict` gave.
+        fragments: those of this run.
+        vectors: names of the vectors that will be used; None if none will.
+
+    Raises:
+        CheckpointError: it is; what is wrong is named.
+    """
+    for group, names in _COUNTERS.items():
+        values = _mapping(saved, group)
+        for name in names:
+            _counter(values.get(name), f"{group}.{name}")
+    for name in _SECONDS:
+        seconds = saved["meter"].get(name)
+        if not isinstance(seconds, float) or not math.isfinite(seconds) or seconds < 0:
+            _refuse(f"meter.{name}", "a number of seconds", seconds)
+    for name in _FLAGS:
+        if not isinstance(saved.get(name), bool):
+            _refuse(name, "True or False", saved.get(name))
+    known = {*_SECONDS, *(name for names in _COUNTERS.values() for name in names)}
+    if unknown := {*saved["schedule"], *saved["meter"]} - known:
+        _refuse("schedule or meter", f"only {sorted(known)}", unknown)
+    parts = saved.get("fragments")
+    if not isinstance(parts, Sequence) or len(parts) != len(fragments):
+        _refuse("fragments", f"a list of {len(fragments)}", parts)
+    for number, (part, fragment) in enumerate(zip(parts, fragments, strict=True)):
+        where = f"fragments[{number}]"
+        if not isinstance(part, Mapping):
+            _refuse(where, "a dictionary", part)
+        _check_shapes(part.get("shapes"), shapes(fragment.buckets))
+        _check_schedule(part, saved["schedule"], fragment, where)
+        rates = part.get("rates")
+        if rates is not None and not _are_rates(rates, len(shapes(fragment.buckets))):
+            _refuse(f"{where}.rates", "a learning rate for every parameter", rates)
+        if vectors is not None:
+            _check_vectors(_mapping(part, "vectors"), vectors, fragment, where)
+
+
+def _are_rates(values: object, count: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(value is None or isinstance(value, float) for value in values)
+    )
+
+
+def _check_shapes(saved: object, mine: Sequence[Sequence[int]]) -> None:
+    if saved == mine:
+        return
+    if not isinstance(saved, list) or not all(isinstance(shape, list) for shape in saved):
+        _refuse("shapes", "a list of shapes", saved)
+    position = next(
+        (i for i, (a, b) in enumerate(zip(saved, mine, strict=False)) if a != b),
+        min(len(saved), len(mine)),
+    )
+    raise CheckpointError(
+        f"The checkpoint is of another model: {len(saved)} parameters, here {len(mine)}; they "
+        f"first differ at parameter number {position}, {saved[position : position + 1]} in the "
+        f"checkpoint and {mine[position : position + 1]} here."
+    )
+
+
+def _check_schedule(
+    part: Mapping[str, Any], steps: Mapping[str, int], fragment: Fragment, where: str
+) -> None:
+    mine = fragment.schedule
+    launch, landing = part.get("launch"), part.get("landing")
+    launch = _counter(launch, f"{where}.launch")
+    after = launch - steps["origin"] - mine.offset
+    if after < 0 or after % mine.tau:
+        _refuse(f"{where}.launch", f"origin + {mine.offset} + a multiple of {mine.tau}", launch)
+    if landing is None:
+        return
+    landing = _counter(landing, f"{where}.landing")
+    # That of the round launched last, or of what the vectors started with.
+    if landing not in (launch, launch - mine.tau + mine.delay):
+        _refuse(f"{where}.landing", f"{mine.delay} steps after a launch", landing)
+
+
+def _check_vectors(
+    saved: Mapping[str, Any], names: Sequence[str], fragment: Fragment, where: str
+) -> None:
+    if set(saved) != set(names):
+        _refuse(f"{where}.vectors", f"the vectors {sorted(names)}", sorted(map(str, saved)))
+    for name, parts in saved.items():
+        mine = [
+            (bucket.dtype, part.shape)
+            for bucket in fragment.buckets
+            for part in bucket.parts(torch.empty(bucket.numel, device="meta"))
+        ]
+        here = f"{where}.vectors[{name!r}]"
+        if not isinstance(parts, Sequence) or len(parts) != len(mine):
+            _refuse(here, f"{len(mine)} tensors", parts)
+        for number, (part, (dtype, shape)) in enumerate(zip(parts, mine, strict=True)):
+            found = (part.dtype, part.shape) if isinstance(part, Tensor) else type(part).__name__
+            if found != (dtype, shape):
+                _refuse(f"{here}[{number}]", f"a tensor {dtype} {tuple(shape)}", found)
+            if not torch.isfinite(part).all():
+                _refuse(f"{here}[{number}]", "finite", "NaN or inf")
+
+
+def _mapping(saved: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = saved.get(name)
+    if not isinstance(value, Mapping):
+        _refuse(name, "a dictionary", value)
+    return value
+
+
+def _counter(value: object, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        _refuse(name, "a number from 0", value)
+    return value
+
+
+def _refuse(name: str, wanted: str, found: object) -> NoReturn:
+    shown = repr(found)
+    raise CheckpointError(
+        f"The checkpoint is damaged: {name} should be {wanted}, found "
+        f"{shown if len(shown) < 100 else shown[:100] + '...'}. Nothing has been loaded."
+    )

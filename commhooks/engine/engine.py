@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import record_function
 
-from commhooks.engine.bucket_layout import BucketLayout
-from commhooks.engine.checkpoint import check_shapes, dump_vectors, load_vectors, shapes
-from commhooks.engine.communicator import Communicator, done
-from commhooks.engine.consensus import Consensus
-from commhooks.engine.devices import HostCopy, Moment
-from commhooks.engine.gradients import GradientAverager
-from commhooks.engine.layout import build_buckets
+from commhooks.engine.checkpoint import check_values, dump_vectors, load_vectors, shapes
+from commhooks.engine.guards.interrupts import uninterrupted
+from commhooks.engine.guards.refused_backward import raise_after_backward
 from commhooks.engine.meter import Meter
-from commhooks.engine.refused_backward import raise_after_backward
-from commhooks.engine.round import Round
+from commhooks.engine.network.agreement import reasons, tell
+from commhooks.engine.network.communicator import done, open_communicator
+from commhooks.engine.network.gradients import GradientAverager
+from commhooks.engine.network.ticket import Point, Ticket
+from commhooks.engine.rounds.consensus import Consensus
+from commhooks.engine.rounds.fragment import Fragment
+from commhooks.engine.rounds.round import Round
+from commhooks.engine.rounds.schedule import Schedule
 from commhooks.engine.rules import Rules
-from commhooks.engine.schedule import Schedule
-from commhooks.engine.ticket import total
-from commhooks.engine.uninterrupted import uninterrupted
+from commhooks.engine.steps.backward import Backwards
+from commhooks.engine.vectors.buckets import build_buckets
+from commhooks.engine.vectors.buffers import Buffer, common, digest
+from commhooks.engine.vectors.devices import Moment
+from commhooks.engine.vectors.fragments import partition
 from commhooks.errors import RegistrationError, RoundError
 from commhooks.stats import Stats
 
@@ -35,9 +39,24 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine"]
 
+logger = logging.getLogger("commhooks")
+
 
 _outside_inference_mode = torch.inference_mode(mode=False)
 """For what is called around evaluations: a tensor made in inference mode cannot be trained with."""
+
+
+@dataclass
+class Steps:
+    """Steps of one rank.
+
+    Attributes:
+        step: DDP backwards with gradient sync on, so far.
+        origin: the step after which the local steps begin.
+    """
+
+    step: int
+    origin: int
 
 
 class Engine:
@@ -46,82 +65,98 @@ class Engine:
     Args:
         rules: the algorithm.
         parent: the ranks that train together.
+        parameters: those that DDP reduces, by name, in the same order on every rank.
         warmup_steps: steps before the local ones.
         cap_bytes: size of a bucket.
+        check: says what keeps this rank from taking part in a round, if anything does.
+        static_graph: whether the DDP model has that option.
     """
 
     def __init__(
         self,
         rules: Rules,
         parent: dist.ProcessGroup,
+        parameters: Mapping[str, Tensor],
         warmup_steps: int,
         cap_bytes: float,
+        check: Callable[[], str | None] = lambda: None,
+        *,
+        static_graph: bool = False,
     ) -> None:
-        self.communicator = Communicator(parent)
+        # A state holds its engine; a cycle would keep dropped states, and their groups, for long.
+        self._rules_alive = weakref.ref(rules)
+        self._check = check
+        self.communicator = open_communicator(parent, self)
         rules.resolve(self.communicator.size)
-        self.schedule = Schedule(tau=rules.tau, origin=warmup_steps)
+        self.steps = Steps(step=0, origin=warmup_steps)
         self.disabled = False
-        self._rules = rules
-        self._cap_bytes = cap_bytes
         self._meter = Meter()
-        self._bucket_layout = BucketLayout()
-        self._averager = GradientAverager(self.communicator, self._meter, self._bucket_layout)
-        self._buckets = build_buckets((), cap_bytes)
+        self._backwards = Backwards(parameters.values(), static_graph=static_graph)
+        dealt = partition(parameters, rules.fragments)
+        self._fragments = [
+            Fragment(
+                build_buckets(part.values(), cap_bytes),
+                Schedule(rules.tau, rules.delay, offset=-(-number * rules.tau // len(dealt))),
+                self.communicator.size,
+            )
+            for number, part in enumerate(dealt, start=1)
+        ]
+        self.rates: Callable[[], Mapping[int, float]] = dict
+        self.device = self._fragments[0].device
+        self._restart_schedules()
+        self._averager: GradientAverager | None = None
+        if rules.synchronous or warmup_steps:
+            self._open_averager()
         self._started = False
         self._drifted = False
-        self._round: Round | None = None
         # What to raise, not the error itself: its traceback would keep the model alive.
-        self._failure: tuple[str, int, int, tuple[int, ...], str] | None = None
+        self._failure: tuple[Any, ...] | None = None
         self._consensus: Consensus | None = None
-        self._probes: list[Tensor] = []
-        self._squared_distance: HostCopy | None = None
-        self.device = torch.device("cpu")
+        self._block: object = None
         self._shadowed = False
-
-    def attach(
-        self, parameters: Iterable[Tensor], ddp: DistributedDataParallel | None = None
-    ) -> None:
-        """Take hold of the parameters, in an order that is the same on every rank.
-
-        Args:
-            parameters: those that DDP reduces.
-            ddp: the model, if it is known before its first backward.
-        """
-        parameters = list(parameters)
-        self._buckets = build_buckets(parameters, self._cap_bytes)
-        self._bucket_layout.attach(parameters, ddp)
-        self.device = self._buckets[0].device
+        self._finished_at = self._finish_cut_short_at = -1
+        self._overwritten = False
 
     # Steps.
 
     @property
+    def step(self) -> int:
+        """Steps so far."""
+        return self.steps.step
+
+    @property
     def averages_gradients(self) -> bool:
         """Whether the step under way averages gradients, as plain DDP does."""
-        return self.disabled or self._rules.synchronous or self.schedule.step < self.schedule.origin
+        return self.averages_gradients_for_good or self.steps.step < self.steps.origin
+
+    @property
+    def averages_gradients_for_good(self) -> bool:
+        """Whether parameters are never averaged any more."""
+        return self.disabled or self._rules.synchronous
 
     @property
     def boundary_due(self) -> bool:
         """Whether a boundary waits for the optimizers, was cut short, or has failed for good."""
-        return self._due or self._left_open or self._failure is not None
+        return self._failure is not None or self._due is not None
 
     @property
-    def _due(self) -> bool:
-        return self.schedule.due and not (self.disabled or self._rules.synchronous)
-
-    @property
-    def _left_open(self) -> bool:
-        """Whether a blocking round is in flight: interrupted, or launched for others (Join)."""
-        return self._round is not None and not self._rules.overlapped
+    def _due(self) -> Fragment | None:
+        """The fragment with the most overdue launch or landing."""
+        if self.averages_gradients_for_good:
+            return None
+        first = min(self._fragments, key=lambda fragment: fragment.schedule.next)
+        return first if first.schedule.next <= self.steps.step else None
 
     def reduce_gradients(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Average a gradient bucket or leave it as it is; the last one of a backward ends a step.
 
-        Inside ``averaged()`` the backward ends in a RegistrationError and is no step.
+        Inside ``averaged()`` the backward ends in a RegistrationError and is no step; where the
+        ranks are not at the same point, in a RoundError.
         """
-        self._bucket_layout.note(bucket)
+        first, last = self._backwards.place(bucket)
+        gradient = done(bucket.buffer())
         if self._consensus is not None:
-            if bucket.is_last():
-                self._bucket_layout.end_backward()
+            if last:
                 raise_after_backward(
                     RegistrationError(
                         "A backward ran inside averaged(), whose parameters are put back at its "
@@ -129,11 +164,15 @@ class Engine:
                         "gradients before going on."
                     )
                 )
-            return done(bucket.buffer())
+            return gradient
         averaging = self.averages_gradients
-        gradient = self._averager.average(bucket) if averaging else done(bucket.buffer())
-        if bucket.is_last():
-            self._bucket_layout.end_backward()
+        if averaging:
+            gradient = self._average(bucket, first=first, last=last)
+            if self._failure is not None:
+                if last:
+                    raise_after_backward(RoundError(*self._failure))
+                return gradient
+        if last:
             if not averaging and not self._started:
                 # Now, since what comes next may be an optimizer already in its step, whose closure
                 # this backward is part of.
@@ -141,6 +180,24 @@ class Engine:
             if not self._shadowed:
                 self._count_step(local=not averaging)
             self._shadowed = False
+        return gradient
+
+    def _average(
+        self, bucket: GradBucket, *, first: bool, last: bool
+    ) -> torch.futures.Future[Tensor]:
+        averager = self._open_averager()
+        gradient = done(bucket.buffer())
+        if self._failure is not None:
+            return gradient
+        try:
+            if first:
+                averager.begin(self.device, self._point("the gradients of a backward"))
+            gradient = averager.average(bucket)
+            if last:
+                averager.end(self.device)
+        except Exception as error:  # noqa: BLE001 - a backend may raise anything
+            self._failed(self._meter.rounds_launched, str(error))
+            averager.give_up()
         return gradient
 
     def shadow_step(self) -> None:
@@ -164,119 +221,271 @@ class Engine:
         self._shadowed = False
 
     def at_boundary(self, *, wait: bool = True) -> None:
-        """Run the boundaries that are due.
+        """Do what is due: use the rounds that land, and launch the next ones.
 
         Args:
-            wait: whether a round that is not overlapped has to be through at the end.
+            wait: whether to wait for a round that is launched here and lands at once, too.
 
         Raises:
             RoundError: a round failed, now or before.
         """
-        if self._left_open or self._failure is not None:
-            self.drain()
-        while self._due:
+        self._raise_if_failed()
+        launched: list[Fragment] = []
+        while (fragment := self._due) is not None:
+            if not wait and fragment in launched and fragment.schedule.landing is not None:
+                return
             if not self._started:
                 self._start()
-            self.drain()
+            schedule = fragment.schedule
+            # The earlier of the two, where a loop has missed several.
+            landing, launching = (at == schedule.next for at in (schedule.landing, schedule.launch))
+            # Ctrl-C may end the wait, and the round is waited for again by whatever comes next.
+            self._wait_for(fragment)
             with uninterrupted():
-                self._sweep(*(("mix", "contribute") if self._rules.overlapped else ("contribute",)))
-                self._launch()
-                self.schedule.boundaries += 1
-            if wait and not self._rules.overlapped:
-                self.drain()
+                if launching:
+                    self._launch(fragment, mix_first=landing)
+                    launched.append(fragment)
+                else:
+                    fragment.sweep(self._rules, "mix")
+                    schedule.landed()
 
     def drain(self) -> None:
-        """Wait for the round in flight, if there is one, and its chained update.
-
-        An overlapped round is mixed in at the next boundary, any other one now.
+        """Wait for what is in flight, and its chained updates. It is mixed in when it lands.
 
         Raises:
-            RoundError: it failed.
+            RoundError: a round failed.
         """
-        if self._failure is not None:
-            raise RoundError(*self._failure)
-        if self._round is None:
+        self._raise_if_failed()
+        for fragment in self._fragments:
+            self._wait_for(fragment)
+
+    def _wait_for(self, fragment: Fragment) -> None:
+        finished = fragment.round
+        if finished is None:
             return
-        finished = self._round
         began = Moment(self.device)
-        # Ctrl-C may end the wait, and the round is waited for again by whatever comes next.
         cause = finished.wait()
         with uninterrupted():
-            self._round = None
+            fragment.round = None
             if cause is not None:
                 self._fail(finished.number, cause)
+            self.communicator.idle = all(each.round is None for each in self._fragments)
             self._meter.rounds_used += 1
             self._meter.communication(
                 finished.launched, finished.arrived, began, Moment(self.device)
             )
-            if not self._rules.overlapped:
-                self._sweep("mix")
 
     # The consensus model.
 
     @_outside_inference_mode
-    def enter_consensus(self, buffers: Iterable[Tensor]) -> bool:
-        """Put the mean of the models in place; False inside another ``averaged()``.
+    def enter_consensus(
+        self, what: str, buffers: Callable[[], Sequence[Buffer]], block: object = None
+    ) -> None:
+        """Put the consensus model in place, unless this is inside another ``averaged()``.
+
+        Ctrl-C is held back until the ranks are through with one another: were it to end the call on
+        one rank, the others would meet the collectives of its next step.
+
+        Args:
+            what: the call that asks for it, which all ranks must have made.
+            buffers: finds the model's buffers.
+            block: stands for the block that it is put in place for.
 
         Raises:
-            RoundError: a round failed, or the averaging did; the models are as they were.
+            RoundError: a round failed, the ranks are not at the same point, one of them cannot take
+                part, or the averaging failed; the models are as they were.
         """
         if self._consensus is not None:
-            return False
-        self.at_boundary()
-        self.drain()
-        # Before the first local step the parameters are the same on every rank, bit for bit.
-        buckets = self._buckets if self._drifted else []
-        self._consensus = Consensus(buckets, list(buffers), self._cap_bytes)
-        try:
-            self._consensus.enter(self.communicator, self._meter, self.device)
-        except BaseException as error:
-            self._consensus = None
-            if not isinstance(error, Exception):
-                raise
-            self._fail(self._meter.rounds_launched, f"averaging the models: {error}")
-        return True
+            return
+        with uninterrupted():
+            self.at_boundary()
+            self.drain()
+            consensus = self._agree_on_consensus(what, buffers)
+            self._block = block
+            self._enter(what, consensus)
 
-    def leave_consensus(self) -> None:
-        """Put this rank's own model back."""
-        if self._consensus is not None:
+    def _agree_on_consensus(self, what: str, buffers: Callable[[], Sequence[Buffer]]) -> Consensus:
+        # Before the first local step the parameters are the same on every rank, bit for bit.
+        buckets = [b for f in self._fragments for b in f.buckets] if self._drifted else []
+        mine: Sequence[Buffer] = ()
+        probes: list[Tensor] = []
+        consensus, refusal = None, self._check()
+        try:
+            mine = buffers()
+            if self._drifted:
+                probes = [probe for fragment in self._fragments for probe in fragment.probes()]
+            consensus = Consensus(buckets, self.communicator)
+            consensus.take_in(mine, self.device)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must be told
+            refusal = refusal or f"{type(error).__name__}: {error}"
+        alike = self._compare(what, refusal, probes, digest(mine))
+        assert consensus is not None
+        if not alike:
+            consensus.take_in(self._common(mine), self.device)
+        return consensus
+
+    def _compare(
+        self,
+        what: str,
+        refusal: str | None = None,
+        probes: Sequence[Tensor] = (),
+        digest_: int = 0,
+    ) -> bool:
+        """Send a ticket and wait for those of the others; whether their digests are alike.
+
+        Nothing else is in flight, so where a rank refuses all ranks can go on.
+        """
+        began = Moment(self.device)
+        try:
+            verdict = Ticket(
+                self.communicator,
+                self.device,
+                self._point(what),
+                probes=probes,
+                refused=refusal is not None,
+                digest=digest_,
+            ).wait()
+        except RuntimeError as error:
+            self._fail(self._meter.rounds_launched, f"{what}: {error}")
+        self._meter.communication(began, began, began, Moment(self.device))
+        if verdict.problem is not None:
+            self._fail(self._meter.rounds_launched, verdict.problem)
+        if verdict.refused:
+            raise self._error(reasons(self.communicator.parent, refusal), passing=True)
+        return verdict.alike
+
+    def _common(self, mine: Sequence[Buffer]) -> list[Buffer]:
+        """The buffers that all ranks have alike."""
+        descriptions = tell(self.communicator.parent, {b.name: b.describe() for b in mine})
+        alike, problems = common(descriptions, self.communicator.ranks)
+        if problems:
+            raise self._error(
+                f"the ranks have different buffers: {'; '.join(problems)}. Give every rank the "
+                "same ones, or register what is made anew with persistent=False.",
+                passing=True,
+            )
+        return [buffer for buffer in mine if buffer.name in alike]
+
+    def _enter(self, what: str, consensus: Consensus) -> None:
+        began = Moment(self.device)
+        self.communicator.idle = False
+        try:
+            self._meter.bytes_reduced += consensus.exchange()
+        except RuntimeError as error:
+            self._fail(self._meter.rounds_launched, f"{what}: {error}")
+        self.communicator.idle = True
+        refusal = None
+        try:
+            consensus.put_in_place()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must be told
+            refusal = f"{type(error).__name__}: {error}"
+        self._consensus = consensus
+        try:
+            self._compare(what, refusal)
+        except RoundError:
+            self.leave_consensus(self._block)
+            raise
+        ended = Moment(self.device)
+        self._meter.communication(began, ended, began, ended)
+
+    def leave_consensus(self, block: object) -> None:
+        """Put this rank's own model back, if the consensus is there for this very block."""
+        if self._consensus is not None and self._block is block:
             self._consensus.leave()
             self._consensus = None
 
-    def finish(self, buffers: Iterable[Tensor]) -> None:
+    def finish(self, what: str, buffers: Callable[[], Sequence[Buffer]]) -> None:
         """Drain, end on the consensus model, and begin anew from it if training goes on.
 
         Raises:
             RegistrationError: inside ``averaged()``.
             RoundError: a round failed, or the averaging did; the models are as they were.
         """
-        if not self.enter_consensus(buffers):
-            raise RegistrationError("finish() was called inside averaged(); leave the block first.")
-        self._consensus = None
-        self._started = False
-        self.schedule.restart()
+        self.refuse_inside_averaged(what)
+        if what == "finish()" and self._finish_cut_short_at == self.steps.step:
+            # The other ranks are through with it, and so is this one, but for having said so.
+            self._finish_cut_short_at = -1
+            return
+        try:
+            with uninterrupted():
+                self.enter_consensus(what, buffers)
+                self._consensus = None
+                self._started = self._overwritten = False
+                self._finished_at = self.steps.step
+                self.steps.origin = max(self.steps.origin, self.steps.step)
+                self._restart_schedules()
+        except KeyboardInterrupt:
+            self._finish_cut_short_at = self.steps.step
+            raise
 
     def disable(self) -> None:
         """Average gradients from the next step on, after :meth:`finish`, and keep no vectors."""
         self.disabled = True
-        for bucket in self._buckets:
-            bucket.release()
+        self._open_averager()
+        for fragment in self._fragments:
+            fragment.release()
+
+    def close(self) -> None:
+        """Give back the vectors and the groups. Collective, unless a round has failed."""
+        self.refuse_inside_averaged("close()")
+        if self._failure is None:
+            self.drain()
+            self._compare("close()")
+            # No rank may take down what another still reads from.
+            tell(self.communicator.parent, None)
+            self.communicator.close()
+            if self._averager is not None:
+                self._averager.close()
+        for fragment in self._fragments:
+            fragment.release()
+
+    def refuse_inside_averaged(self, call: str) -> None:
+        """Refuse what would have to do with the parameters of the consensus.
+
+        Raises:
+            RegistrationError: this is inside ``averaged()``.
+        """
+        if self._consensus is not None:
+            raise RegistrationError(
+                f"{call} was called inside averaged(), where the parameters are not this rank's "
+                "own; leave the block first."
+            )
+
+    def refuse_unfinished(self) -> None:
+        """Refuse to end while the ranks' models differ.
+
+        Raises:
+            RegistrationError: local steps were made since :meth:`finish`.
+        """
+        averaged = not self._drifted or self.averages_gradients_for_good
+        if self._failure is None and not averaged and self._finished_at != self.steps.step:
+            raise RegistrationError(
+                "close() was called while every rank has a model of its own; call finish() first."
+            )
+
+    def parameters_overwritten(self) -> None:
+        """Somebody else than an optimizer is about to write to the parameters."""
+        self._overwritten = self._started and bool(self._saved_vectors)
 
     # Reports and checkpoints.
 
     def stats(self) -> Stats:
         """The counters now."""
-        self._averager.settle()
+        if self._averager is not None:
+            self._averager.settle()
         meter = self._meter
         meter.settle(wait=True)
-        hidden, arrived = meter.seconds_hidden, False
-        if self._round is not None and self._round.done:
-            # Whether it is waited for at a boundary or by an evaluation, it was hidden until now.
-            arrived = True
-            hidden += max(0.0, self._round.arrived.seconds_since(self._round.launched))
-        square = 0.0 if self._squared_distance is None else self._squared_distance.read().item()
+        hidden, arrived = meter.seconds_hidden, 0
+        square = 0.0
+        for fragment in self._fragments:
+            if fragment.round is not None and fragment.round.done:
+                # Whenever it is waited for, it was hidden until now.
+                arrived += 1
+                hidden += max(0.0, fragment.round.arrived.seconds_since(fragment.round.launched))
+            if fragment.squared_distance is not None:
+                square += fragment.squared_distance.read().item()
         return Stats(
-            step=self.schedule.step,
+            step=self.steps.step,
             rounds_launched=meter.rounds_launched,
             rounds_completed=meter.rounds_used + arrived,
             bytes_reduced=meter.bytes_reduced,
@@ -287,34 +496,49 @@ class Engine:
 
     @_outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
-        """Counters and vectors; waits for the round in flight.
+        """Counters and vectors; waits for what is in flight.
 
         Raises:
             RegistrationError: inside ``averaged()``.
             RoundError: a round failed.
         """
-        if self._consensus is not None:
-            raise RegistrationError(
-                "state_dict() was called inside averaged(), where the parameters are not this "
-                "rank's own; leave the block first."
-            )
+        self.refuse_inside_averaged("state_dict()")
         self.at_boundary()
         self.drain()
         self._meter.settle(wait=True)
-        names = self._kept if self._started else ()
         return {
-            "schedule": asdict(self.schedule),
+            "schedule": asdict(self.steps),
             "meter": asdict(self._meter),
             "started": self._started,
             "drifted": self._drifted,
             "disabled": self.disabled,
-            "gradient_buckets": self._bucket_layout.dump(),
-            "shapes": shapes(self._buckets),
-            "vectors": dump_vectors(self._buckets, names),
+            "fragments": [
+                {
+                    "launch": fragment.schedule.launch,
+                    "landing": fragment.schedule.landing,
+                    "shapes": shapes(fragment.buckets),
+                    "vectors": dump_vectors(
+                        fragment.buckets, self._saved_vectors if self._started else ()
+                    ),
+                    "rates": fragment.rates if self._started else None,
+                    "kept": fragment.dump_kept() if self._started else None,
+                }
+                for fragment in self._fragments
+            ],
         }
 
+    def check_state_dict(self, saved: Mapping[str, Any], *, same_ranks: bool = True) -> None:
+        """Refuse what :meth:`load_state_dict` could not go on from.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model.
+        """
+        goes_on = saved.get("started") is True and self._goes_on(same_ranks=same_ranks)
+        check_values(saved, self._fragments, self._saved_vectors if goes_on else None)
+
+    @_outside_inference_mode
     def load_state_dict(self, saved: Mapping[str, Any], *, same_ranks: bool = True) -> bool:
-        """Go on from what :meth:`state_dict` gave.
+        """Go on from what :meth:`state_dict` gave and :meth:`check_state_dict` found good.
 
         Args:
             saved: what it gave, on this rank or, with other ``same_ranks``, on any rank.
@@ -325,87 +549,133 @@ class Engine:
             of ranks; the algorithm then starts anew from the parameters.
 
         Raises:
-            CheckpointError: of a model of other shapes; nothing has changed.
+            RegistrationError: inside ``averaged()``.
         """
-        check_shapes(saved["shapes"], shapes(self._buckets))
+        self.refuse_inside_averaged("load_state_dict()")
         self.drain()
-        # Bits can be the same on as many ranks only.
-        gradient_buckets = saved["gradient_buckets"] if same_ranks else None
-        self._bucket_layout.check(gradient_buckets)
-        go_on: bool = saved["started"] and (same_ranks or self._rules.portable)
-        if go_on:
-            self._allocate()
-            load_vectors(self._buckets, saved["vectors"])
-        steps = saved["schedule"]["step"] if same_ranks else 0
-        self._bucket_layout.load(gradient_buckets, steps)
-        self._started = go_on
+        started = saved["started"] and self._goes_on(same_ranks=same_ranks)
+        if started:
+            # First of all, since an optimizer says only now that a state does not fit.
+            for fragment, values in zip(self._fragments, saved["fragments"], strict=True):
+                fragment.allocate(self._rules.vectors)
+                fragment.load_kept(self._rules, values["kept"])
+        self._started, self._overwritten = started, False
         self._drifted = saved["drifted"]
         self.disabled = saved["disabled"]
         for name, value in saved["schedule"].items():
-            setattr(self.schedule, name, value)
+            setattr(self.steps, name, value)
         for name, value in saved["meter"].items():
             setattr(self._meter, name, value)
-        return go_on or not saved["started"]
+        for fragment, values in zip(self._fragments, saved["fragments"], strict=True):
+            fragment.schedule.launch = values["launch"]
+            fragment.schedule.landing = values["landing"]
+            if started:
+                load_vectors(fragment.buckets, values["vectors"])
+                fragment.rates = values["rates"]
+            # What was in flight is part of the vectors. It lands in models that were in flight with
+            # it, which those of another number of workers are not.
+            if not same_ranks and not (started and self._rules.overlapped):
+                fragment.schedule.landing = None
+        return self._started or not saved["started"]
+
+    def _goes_on(self, *, same_ranks: bool) -> bool:
+        return same_ranks or self._rules.portable
+
+    @property
+    def _saved_vectors(self) -> tuple[str, ...]:
+        """The vectors that mean something between launches and landings."""
+        return (*self._rules.vectors, *(("wire",) if self._rules.overlapped else ()))
 
     # Inside a boundary.
 
     @property
-    def _kept(self) -> tuple[str, ...]:
-        """The vectors that mean something between boundaries."""
-        return (*self._rules.vectors, *(("wire",) if self._rules.overlapped else ()))
+    def _rules(self) -> Rules:
+        rules = self._rules_alive()
+        assert rules is not None
+        return rules
 
-    def _allocate(self) -> None:
-        for bucket in self._buckets:
-            if not bucket.vectors:
-                bucket.allocate(("wire", *self._rules.vectors))
+    def _restart_schedules(self) -> None:
+        for fragment in self._fragments:
+            fragment.schedule.restart(self.steps.origin)
 
     def _start(self) -> None:
-        self._allocate()
-        self._sweep("start")
+        for fragment in self._fragments:
+            fragment.start(self._rules)
+            if self._rules.overlapped:
+                # What `start` has left in the vectors is the first result to land.
+                fragment.schedule.landing = fragment.schedule.launch
         self._started = True
 
     def _count_step(self, *, local: bool) -> None:
-        self.schedule.advance()
+        self.steps.step += 1
         # On every rank at once, whose optimizer may skip the step, since it decides what
         # averaged() sends; and for good, since optimizers keep what they saw of local gradients.
         self._drifted |= local
 
-    def _launch(self) -> None:
+    def _launch(self, fragment: Fragment, *, mix_first: bool) -> None:
+        if self._overwritten:
+            self._overwritten = False
+            logger.warning(
+                "commhooks: the model's parameters were loaded in the middle of a run, and %s "
+                "still draws them to where they were before. After model.load_state_dict call "
+                "state.load_state_dict to go on from a checkpoint, or state.finish() on all ranks "
+                "to begin anew from what was loaded.",
+                type(self._rules).__name__,
+            )
         number = self._meter.rounds_launched + 1
-        self._round = Round(number, self._buckets, self.communicator, self._rules, self._probes)
+        refusal = self._check()
+        probes: list[Tensor] = []
+        if refusal is None:
+            try:
+                fragment.prepare(self._rules, self.rates)
+                names = ("mix", "contribute") if mix_first else ("contribute",)
+                probes = fragment.sweep(self._rules, *names)
+            except RegistrationError as error:
+                # A parameter is not what it was. The other ranks must be told.
+                refusal = str(error)
+        self.communicator.idle = False
+        fragment.round = Round(
+            self._point("a round", number),
+            fragment.buckets,
+            self.communicator,
+            self._rules,
+            fragment.kept,
+            probes,
+            refusal,
+        )
+        fragment.schedule.launched()
         self._meter.rounds_launched = number
         if self.communicator.size > 1:
-            self._meter.bytes_reduced += sum(bucket.nbytes for bucket in self._buckets)
+            self._meter.bytes_reduced += fragment.nbytes
 
-    def _sweep(self, *names: str) -> None:
-        """Apply rules to the model, chunk by chunk; ``mix`` alone writes to the parameters."""
-        for bucket in self._buckets:
-            # It may raise, and must not once a part of the model is mixed.
-            bucket.refresh()
-        rules = [getattr(self._rules, name) for name in names]
-        mixing = "mix" in names
-        probes: list[Tensor] = []
-        with torch.no_grad(), record_function(f"commhooks::{'+'.join(names)}"):
-            for bucket in self._buckets:
-                for chunk in bucket.gathered():
-                    x, vectors = chunk.x, chunk.vectors
-                    # NaN or inf anywhere in x makes either of them NaN or inf.
-                    if mixing:
-                        reference = vectors[self._rules.reference]
-                        difference = torch.sub(x, reference, out=chunk.spare)
-                        probes.append(torch.dot(difference, difference))
-                    else:
-                        probes.append(x.sum())
-                    for rule in rules:
-                        rule(x=x, **vectors)
-                    if mixing:
-                        chunk.write_back()
-            probe = total(probes, self.device)
-            if mixing:
-                self._squared_distance = HostCopy(probe)
-        self._probes = [probe]
+    def _point(self, what: str, number: int | None = None) -> Point:
+        return Point(what, self.steps.step, number or self._meter.rounds_launched)
+
+    def _open_averager(self) -> GradientAverager:
+        if self._averager is None:
+            # Of its own, since buckets of gradients and parameters differ in size, and two ranks
+            # that are not at the same point must not make them meet.
+            communicator = open_communicator(self.communicator.parent, self)
+            self._averager = GradientAverager(self.communicator, communicator, self._meter)
+        return self._averager
+
+    def _raise_if_failed(self) -> None:
+        if self._failure is not None:
+            raise RoundError(*self._failure)
+
+    def _error(self, cause: str, number: int | None = None, *, passing: bool = False) -> RoundError:
+        name, ranks = type(self._rules).__name__, tuple(self.communicator.ranks)
+        number = self._meter.rounds_launched if number is None else number
+        return RoundError(name, number, self.steps.step, ranks, cause, passing)
+
+    def _failed(self, number: int, cause: str) -> RoundError:
+        """The error that this state ends in; what is in flight may never arrive."""
+        error = self._error(cause, number)
+        self._failure = error.args
+        self.communicator.idle = False
+        if self._averager is not None:
+            self._averager.communicator.idle = False
+        return error
 
     def _fail(self, number: int, cause: str) -> NoReturn:
-        name, ranks = type(self._rules).__name__, tuple(self.communicator.ranks)
-        self._failure = name, number, self.schedule.step, ranks, cause
-        raise RoundError(*self._failure)
+        raise self._failed(number, cause)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from commhooks.engine.devices import Moment
+from commhooks.engine.vectors.devices import Moment
 
 __all__ = ["Meter"]
 

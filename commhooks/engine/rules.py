@@ -2,42 +2,82 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-__all__ = ["Rules"]
+from torch import Tensor
+
+__all__ = ["Kept", "Part", "Rules"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter of a fragment, for what is not elementwise.
+
+    Attributes:
+        parameter: the model's parameter.
+        vectors: its part of every flat vector, in the parameter's own shape. (Complex parameters
+            are seen as real ones with a last dimension of two.)
+        rate: the learning rate in force in the optimizer that updates it; None if not known.
+        last_rate: the same at the launch before; None at the first one.
+    """
+
+    parameter: Tensor
+    vectors: Mapping[str, Tensor]
+    rate: float | None = None
+    last_rate: float | None = None
+
+
+class Kept(Protocol):
+    """What an algorithm keeps of a fragment besides vectors, such as an outer optimizer."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+
+    def load_state_dict(self, saved: Any) -> None:
+        """Go on from what :meth:`state_dict` gave."""
 
 
 class Rules:
-    """Update rules of one algorithm, elementwise and in place.
+    """Update rules of one algorithm, in place.
 
-    The engine keeps the flat vectors an algorithm asks for, and calls its rules with equally long
-    1-D slices of them, by keyword: ``x`` (this rank's parameters), ``wire`` (the vector that is
-    all-reduced) and one tensor for every name in :attr:`vectors`. Rules must be elementwise, since
-    the engine chooses how to cut the model, and in place, since nothing is allocated after the
-    first round.
+    The engine keeps the flat vectors an algorithm asks for, and calls its elementwise rules with
+    equally long 1-D slices of them, by keyword: ``x`` (this rank's parameters), ``wire`` (the
+    vector that is all-reduced) and one tensor for every name in :attr:`vectors`. They must be
+    elementwise, since the engine chooses how to cut the model, and in place, since nothing is
+    allocated after the first round.
 
     When the engine calls which rule::
 
-        end of warm-up            start
-        boundary, blocking        contribute, all-reduce, chain, mix
-        boundary, overlapped      mix (with what the round before gave), contribute;
-                                  all-reduce and chain are in flight until the next boundary
+        end of warm-up      start, keep
+        launch              prepare, contribute; all-reduce, chain and arrive are in flight
+        landing             mix, ``delay`` steps after the launch
 
-    In ``chain`` and ``mix``, ``wire`` holds the *mean* over ranks of what they contributed. An
-    overlapped algorithm finds in its first ``mix`` what ``start`` left in the vectors.
+    In ``chain`` and ``mix``, ``wire`` holds the *mean* over ranks of what they contributed.
+    ``prepare`` and ``arrive`` see a whole fragment, parameter by parameter.
     """
 
     synchronous: bool = False
     """Whether gradients are averaged at every step and parameters never."""
 
     overlapped: bool = False
-    """Whether a round is used at the boundary after its own (True) or at its own (False)."""
+    """Whether a round lands at the launch of the next one, and what ``start`` left in the vectors
+    at the first launch."""
 
     portable: bool = True
     """Whether every rank's vectors are the same between rounds, and so fit any number of ranks."""
 
-    tau: int = 1
-    """Steps from one boundary to the next."""
+    tau: int
+    """Steps from one launch to the next."""
+
+    fragments: int | Sequence[Sequence[str]] = 1
+    """How many parts of the model take turns, or the names of the parameters in each."""
+
+    @property
+    def delay(self) -> int:
+        """Steps from a round's launch to its landing: 0 (blocking) to ``tau``."""
+        return self.tau if self.overlapped else 0
 
     @property
     def vectors(self) -> tuple[str, ...]:
@@ -51,6 +91,13 @@ class Rules:
 
     def resolve(self, m: int) -> None:
         """Fix the hyper-parameters that depend on the number of workers ``m``."""
+
+    def fit(self, parameters: Mapping[str, Tensor]) -> None:
+        """Refuse a fragment's parameters that the algorithm cannot work on.
+
+        Raises:
+            RegistrationError: it cannot.
+        """
 
     # Every algorithm's rules name its own vectors; `Any` lets their signatures differ.
 
@@ -66,3 +113,15 @@ class Rules:
 
     def mix(self, *args: Any, **kwargs: Any) -> None:
         """Draw the local parameters ``x`` to what the last round gave."""
+
+    # On a whole fragment.
+
+    def keep(self, parts: Sequence[Part]) -> Kept | None:
+        """Make what is kept of a fragment besides vectors; called once, after ``start``."""
+        return None
+
+    def prepare(self, parts: Sequence[Part]) -> None:
+        """Look at the learning rates, before ``contribute``."""
+
+    def arrive(self, kept: Any) -> None:
+        """Do what needs all of a fragment's means, after the last ``chain`` and off its thread."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypedDict
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -16,12 +17,22 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from commhooks.engine.agreement import agree
 from commhooks.engine.checkpoint import FORMAT, check_identity
-from commhooks.engine.communicator import done
-from commhooks.engine.consensus import averageable_buffers
 from commhooks.engine.engine import Engine
-from commhooks.engine.registration import (
+from commhooks.engine.guards.interrupts import uninterrupted
+from commhooks.engine.guards.refused_backward import raise_after_backward
+from commhooks.engine.network.agreement import agree
+from commhooks.engine.network.communicator import done
+from commhooks.engine.rules import Rules
+from commhooks.engine.steps.model import (
+    ModelWatch,
+    ParameterCheck,
+    no_longer,
+    unwrap_ddp,
+    when_forwarded,
+)
+from commhooks.engine.steps.optimizers import OptimizerWatch
+from commhooks.engine.steps.registration import (
     check_group,
     check_model,
     check_optimizers,
@@ -30,36 +41,32 @@ from commhooks.engine.registration import (
     require_process_group,
     synchronized_parameters,
 )
-from commhooks.engine.rules import Rules
-from commhooks.engine.uneven import ShadowRounds
-from commhooks.engine.watcher import GivenOptimizers, LearnedOptimizers, unwrap_ddp
-from commhooks.errors import CheckpointError, HyperParameterError, RegistrationError
+from commhooks.engine.steps.uneven import ShadowRounds
+from commhooks.engine.vectors.buffers import Buffer, check_patterns, find_buffers
+from commhooks.engine.vectors.fragments import partition
+from commhooks.errors import CheckpointError, RegistrationError
 from commhooks.hook import comm_hook
-from commhooks.hyperparameters import integer_at_least, positive_real
+from commhooks.hyperparameters import Count, Names, Positive, checked_fields, plain, refusal
 from commhooks.stats import Stats
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
 
-__all__ = ["CommHookState", "EngineOptions"]
+__all__ = ["CommHookState"]
 
 logger = logging.getLogger("commhooks")
 
-
-class EngineOptions(TypedDict, total=False):
-    """Keyword arguments that every algorithm hands to :class:`CommHookState`."""
-
-    process_group: dist.ProcessGroup | None
-    warmup_steps: int
-    bucket_cap_mb: float
+_NO_HYPERPARAMETERS = ("process_group", "bucket_cap_mb", "average_buffers")
 
 
+@dataclass(eq=False, repr=False)
 class CommHookState(Rules, Joinable):
     """A DDP communication hook state that averages parameters in place of gradients.
 
-    Subclasses add the update rules of one algorithm (see :class:`commhooks.engine.rules.Rules`).
-    A state is built from plain values; it takes hold of ranks and tensors when it is registered,
-    and a copy or a pickle of it is a new, unregistered state with the same hyper-parameters.
+    Subclasses are dataclasses whose fields are the hyper-parameters of one algorithm, and add its
+    update rules (see :class:`commhooks.engine.rules.Rules`). A state is built from plain values; it
+    takes hold of ranks and tensors when it is registered, and a copy or a pickle of it is a new,
+    unregistered state with the same hyper-parameters.
 
     Args:
         process_group: ranks that train together; None means those of the DDP model.
@@ -67,62 +74,90 @@ class CommHookState(Rules, Joinable):
             steps begin (post-local SGD; Lin et al., ICLR 2020).
         bucket_cap_mb: size of an all-reduce's bucket, in MiB, counted in the format that
             parameters are averaged in.
+        average_buffers: names, as in ``module.named_buffers()``, or shell patterns of names of
+            buffers that are averaged in the consensus model, besides the running mean and variance
+            of normalisation layers. All others are the first rank's there.
 
     Raises:
         HyperParameterError: an argument has the wrong type or lies outside its range.
     """
 
-    def __init__(
-        self,
-        *,
-        process_group: dist.ProcessGroup | None = None,
-        warmup_steps: int = 0,
-        bucket_cap_mb: float = 25.0,
-    ) -> None:
-        super().__init__()
-        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-            raise HyperParameterError(
-                "process_group must be a torch.distributed.ProcessGroup or None, got "
-                f"{process_group!r} of type {type(process_group).__name__}."
+    _: KW_ONLY
+    process_group: dist.ProcessGroup | None = None
+    warmup_steps: Count = 0
+    bucket_cap_mb: Positive = 25.0
+    average_buffers: Names = ()
+
+    def __post_init__(self) -> None:
+        Joinable.__init__(self)
+        if not isinstance(self.process_group, dist.ProcessGroup | None):
+            raise refusal(
+                "process_group", self.process_group, "a torch.distributed.ProcessGroup or None"
             )
-        self.process_group = process_group
-        self.warmup_steps = integer_at_least("warmup_steps", warmup_steps, 0)
-        self.bucket_cap_mb = positive_real("bucket_cap_mb", bucket_cap_mb)
+        checked_fields(self)
+        self._forget()
+        when_forwarded(self)
+
+    def _forget(self) -> None:
+        """Be a state that is not registered."""
         self._engine: Engine | None = None
         self._loaded: Mapping[str, Any] | None = None
-        self._model: weakref.ref[DistributedDataParallel] | None = None
-        self._watcher: object = None
+        self._ddp: weakref.ref[DistributedDataParallel] | None = None
+        self._optimizers: OptimizerWatch | None = None
+        self._model_watch: ModelWatch | None = None
         self._announcements: RemovableHandle | None = None
-        self._seen: list[GradBucket] = []
+        self._closed: Stats | None = None
 
     def hyperparameters(self) -> dict[str, object]:
-        """The hyper-parameters as plain values, by the names the constructor takes."""
-        return {"warmup_steps": self.warmup_steps}
+        """What decides the trajectory, as plain values, by the names the constructor takes."""
+        return {
+            field.name: plain(getattr(self, field.name))
+            for field in sorted(fields(self), key=lambda field: bool(field.kw_only))
+            if field.name not in _NO_HYPERPARAMETERS
+        }
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{k}={v!r}" for k, v in self.hyperparameters().items())
         return f"{type(self).__name__}({arguments})"
 
+    def __setattr__(self, name: str, value: object) -> None:
+        fixed = not name.startswith("_") and self.__dict__.get("_engine") is not None
+        if fixed and name in {field.name for field in fields(self)}:
+            raise RegistrationError(
+                f"{name} cannot be set once the state is registered: the ranks have agreed on "
+                f"{getattr(self, name)!r}. Call finish() and close(), and register a new state."
+            )
+        super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
             logger.warning("A process group cannot be copied or pickled; the copy has none.")
-        hyperparameters = {
-            name: value for name, value in self.__dict__.items() if name not in _RUNTIME
-        }
-        return {**hyperparameters, **_RUNTIME, "_seen": []}
+        public = {k: v for k, v in self.__dict__.items() if k not in _RUNTIME}
+        return {**public, "process_group": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+        when_forwarded(self)
 
     # Registration.
+
+    @property
+    def model(self) -> DistributedDataParallel | None:
+        """The DDP model that this state is registered on; None before, or if it is gone."""
+        return self._ddp() if self._ddp is not None else None
 
     def register(
         self,
         model: nn.Module,
         *optimizers: object,
         scaler: torch.amp.GradScaler | None = None,
+        **unknown: object,
     ) -> None:
         """Register this state as ``model``'s communication hook. Collective.
 
         DDP's broadcast of buffers at every forward is switched off: it is a blocking collective
-        a step. Buffers stay local while training and are averaged in the consensus model.
+        a step. Buffers stay local while training; see :meth:`averaged` for the consensus model.
 
         Args:
             model: a ``DistributedDataParallel``, compiled or not, as built or as
@@ -131,86 +166,113 @@ class CommHookState(Rules, Joinable):
                 them. A boundary runs right after the last of them has stepped.
             scaler: the loop's GradScaler, if it uses one, so that a step it skips counts too.
                 Optimizers prepared by Accelerate bring theirs.
+            **unknown: refused by name.
 
         Raises:
             RegistrationError: an argument or a checkpoint that was loaded before does not fit, or
                 the ranks disagree on the algorithm, its hyper-parameters or the parameters. Raised
                 on every rank; nothing has changed.
         """
+        if not isinstance(self, CommHookState):
+            raise RegistrationError(
+                "register was called on a class; build a state first: "
+                "state = commhooks.LocalSGD(tau=8); state.register(ddp_model, optimizer)."
+            )
         require_process_group()
         ddp = unwrap_ddp(model)
         refusal: str | None = None
-        parameters: dict[str, Tensor] = {}
         unwrapped: list[Optimizer] = []
         try:
-            self._refuse_second_registration()
-            ddp = check_model(ddp, type(model))
+            if unknown:
+                raise RegistrationError(
+                    f"register takes no argument named {', '.join(unknown)}; optimizers are given "
+                    "by position: state.register(ddp_model, optimizer, scaler=scaler)."
+                )
+            ddp = self._check_model(ddp, type(model))
             parameters = synchronized_parameters(ddp)
             unwrapped = check_optimizers(optimizers, list(parameters.values()))
             scaler = check_scaler(scaler, optimizers)
-            check_group(self.process_group, ddp)
         except RegistrationError as error:
             refusal = str(error)
+        self._build(ddp, refusal, {"optimizers": len(optimizers)})
+        assert ddp is not None
+        ddp.register_comm_hook(self, comm_hook)
+        self._watch(ddp, unwrapped, scaler)
+
+    def before_first_forward(self, ddp: DistributedDataParallel) -> None:
+        """The model that this state is the hook of is about to run (the bare form). Collective."""
+        refusal: str | None = None
+        try:
+            self._check_model(ddp, type(ddp), bare=True)
+        except RegistrationError as error:
+            refusal = str(error)
+        self._build(ddp, refusal, {})
+        self._watch(ddp, (), None)
+
+    def _check_model(
+        self, ddp: DistributedDataParallel | None, given: type, *, bare: bool = False
+    ) -> DistributedDataParallel:
+        if self._closed is not None:
+            raise RegistrationError("This state is closed; build a new one (copy.copy will do).")
+        if self._engine is not None:
+            raise RegistrationError(
+                "This state is registered already; build one state for every DDP model."
+            )
+        ddp = check_model(ddp, given, hooked=bare)
+        check_group(self.process_group, ddp)
+        check_patterns(ddp, self.average_buffers)
+        for part in partition(synchronized_parameters(ddp), self.fragments):
+            self.fit(part)
+        return ddp
+
+    def _build(
+        self, ddp: DistributedDataParallel | None, refusal: str | None, facts: dict[str, object]
+    ) -> None:
+        """Agree with the other ranks, and take hold of the parameters. Collective."""
         group = self.process_group or (ddp.process_group if ddp else _world())
-        facts = self._facts() | {"optimizers": len(optimizers)} | parameter_facts(parameters)
+        parameters = synchronized_parameters(ddp) if ddp else {}
+        facts = {
+            "algorithm": type(self).__name__,
+            **self.hyperparameters(),
+            "bucket_cap_mb": self.bucket_cap_mb,
+            "average_buffers": self.average_buffers,
+            "checkpoint to load": self._loaded is not None,
+            **facts,
+            **parameter_facts(parameters),
+        }
         agree(group, facts, refusal)
         assert ddp is not None
-        engine = self._build_engine(group)
-        engine.attach(parameters.values(), ddp)
-        self._load_together(engine, "register")
-        ddp.register_comm_hook(self, comm_hook)
+        engine = Engine(
+            self,
+            group,
+            parameters,
+            self.warmup_steps,
+            self.bucket_cap_mb * 2**20,
+            ParameterCheck(ddp, parameters.values()),
+            static_graph=ddp.static_graph,
+        )
+        self._load_together(engine)
         self._engine = engine
-        self._watcher = GivenOptimizers(engine, ddp, unwrapped, scaler)
-        self._adopt(ddp)
+        no_longer(self)
 
-    def reduce_gradients(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        """What :func:`commhooks.comm_hook` calls for every gradient bucket of a backward."""
-        if bucket.buffer().is_sparse:
-            raise RegistrationError(
-                "A gradient is sparse, which a DDP communication hook cannot take; build the "
-                "embedding with sparse=False."
-            )
-        if self._watcher is None:
-            return self._learn(bucket)
-        if isinstance(self._watcher, LearnedOptimizers) and bucket.is_last():
-            self._watcher.check_parameters(bucket.parameters())
+    def _watch(
+        self,
+        ddp: DistributedDataParallel,
+        optimizers: Sequence[Optimizer],
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
         assert self._engine is not None
-        return self._engine.reduce_gradients(bucket)
-
-    def _learn(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        """The bare form's first backward: agree, collect the parameters, and only then reduce.
-
-        The step may be one of a checkpoint, which cannot be loaded before the last bucket.
-        """
-        group = self.process_group or _world()
-        if self._engine is None:
-            agree(group, self._facts())
-            self._engine = self._build_engine(group)
-        self._seen.append(bucket)
-        if not bucket.is_last():
-            # DDP looks at no bucket before the last one's hook has returned.
-            return done(bucket.buffer())
-        buckets, self._seen = self._seen, []
-        parameters = [parameter for each in buckets for parameter in each.parameters()]
-        agree(group, parameter_facts({f"number {n}": p for n, p in enumerate(parameters)}))
-        self._engine.attach(parameters)
-        self._load_together(self._engine, "bare")
-        self._watcher = LearnedOptimizers(self._engine, parameters, self._found)
-        *others, last = [self._engine.reduce_gradients(each) for each in buckets]
-        torch.futures.wait_all(others)
-        return last
-
-    def _found(self, ddp: DistributedDataParallel) -> None:
-        check_group(self.process_group or _world(), ddp)
-        self._adopt(ddp)
-
-    def _adopt(self, ddp: DistributedDataParallel) -> None:
         # A strong reference would close a cycle through DDP's reducer, which no collector sees.
-        self._model = weakref.ref(ddp)
+        self._ddp = weakref.ref(ddp)
+        parameters = synchronized_parameters(ddp).values()
+        self._optimizers = OptimizerWatch(self._engine, parameters, optimizers, scaler=scaler)
+        self._engine.rates = self._optimizers.rates
+        self._model_watch = ModelWatch(ddp, self._before_forward, self._before_load)
         if ddp.forward_sync_buffers and any(True for _ in ddp.module.buffers()):
             logger.info(
-                "commhooks: DDP no longer broadcasts buffers (such as BatchNorm's statistics) at "
-                "every forward; averaged() and finish() average them."
+                "commhooks: DDP no longer broadcasts buffers at every forward; averaged() and "
+                "finish() average BatchNorm's statistics and give every rank the first one's of "
+                "the others."
             )
         ddp.forward_sync_buffers = False
         if ddp.find_unused_parameters:
@@ -219,28 +281,57 @@ class CommHookState(Rules, Joinable):
                 "step, which no hook can prevent; use static_graph=True where the graph allows."
             )
 
-    def _build_engine(self, group: dist.ProcessGroup) -> Engine:
-        return Engine(self, group, self.warmup_steps, self.bucket_cap_mb * 2**20)
-
-    def _facts(self) -> dict[str, object]:
-        return {
-            "algorithm": type(self).__name__,
-            **self.hyperparameters(),
-            "bucket_cap_mb": self.bucket_cap_mb,
-            "checkpoint to load": self._loaded is not None,
-        }
-
-    def _refuse_second_registration(self) -> None:
-        if self._engine is not None:
+    def reduce_gradients(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """What :func:`commhooks.comm_hook` calls for every gradient bucket of a backward."""
+        if bucket.buffer().is_sparse:
             raise RegistrationError(
-                "This state is registered already; build one state for every DDP model."
+                "A gradient is sparse, which a DDP communication hook cannot take; build the "
+                "embedding with sparse=False."
             )
+        if self._engine is None:
+            if bucket.is_last():
+                raise_after_backward(
+                    RegistrationError(
+                        "The state of this model is closed; wrap the module in a new "
+                        "DistributedDataParallel and register a new state."
+                        if self._closed is not None
+                        else "The state has not seen this model's forward, before which it "
+                        "registers: call ddp_model(x), not ddp_model.forward(x), and give every "
+                        "DDP model a state of its own."
+                    )
+                )
+            return done(bucket.buffer())
+        return self._engine.reduce_gradients(bucket)
+
+    def _before_forward(self, model: DistributedDataParallel) -> None:
+        engine, optimizers = self._engine, self._optimizers
+        if engine is None or optimizers is None:
+            return
+        trains = torch.is_grad_enabled() and model.require_backward_grad_sync
+        joined = model._join_config.enable and not self._join_config.enable
+        if trains and joined and not engine.averages_gradients_for_good:
+            raise RegistrationError(
+                "The model is in a Join context that the state is not in, so a rank that is out of "
+                "batches would not take part in the rounds of the others. Use "
+                "torch.distributed.algorithms.Join([state, ddp_model]) instead of model.join() or "
+                "join_uneven_inputs([model])."
+            )
+        optimizers.before_forward()
+
+    def _before_load(self) -> None:
+        """``model.load_state_dict`` is about to write to the parameters."""
+        if self._engine is None:
+            return
+        self._engine.refuse_inside_averaged("model.load_state_dict()")
+        self._engine.parameters_overwritten()
 
     def _registered(self) -> Engine:
-        if self._engine is None or self._watcher is None:
+        if self._closed is not None:
+            raise RegistrationError("This state is closed; build and register a new one.")
+        if self._engine is None:
             raise RegistrationError(
                 "This state is not registered yet; call state.register(ddp_model, optimizer), or "
-                "run the first backward after ddp_model.register_comm_hook."
+                "run the first forward after ddp_model.register_comm_hook."
             )
         return self._engine
 
@@ -250,26 +341,38 @@ class CommHookState(Rules, Joinable):
     def averaged(self) -> Iterator[None]:
         """Hold the consensus model inside the block, and the rank's own outside. Collective.
 
-        The consensus model is the mean over ranks of their parameters and floating-point buffers.
+        The consensus model has the mean over ranks of their parameters, and of statistics that make
+        sense as a mean: the running mean and variance of normalisation layers, and the buffers that
+        ``average_buffers`` names. Its other buffers are the first rank's, as DDP would have
+        broadcast them, except what cannot be sent (sparse tensors, expanded ones, and caches of
+        another shape on every rank), which stays a rank's own.
+
         What a rank had is put back bit for bit, after an exception too; the trajectory of training
-        is the one it would be without the block. Blocks may be nested.
+        is the one it would be without the block. Blocks may be nested. Ctrl-C is held back until
+        the ranks are through with one another.
 
         Its place is after the optimizer's step. Between a backward and its step, a boundary that is
         due runs before the block, on the parameters as they are before the step.
 
         Raises:
-            RoundError: a round failed, or the averaging did; the models are as they were.
-            RegistrationError: not registered yet; or a backward runs inside the block. That one
-                is no step; if the error is caught, training can go on once its gradients are
-                cleared.
+            RoundError: a round failed, the ranks are not at the same point, or one of them cannot
+                take part; the models are as they were.
+            RegistrationError: not registered yet; or a backward or ``model.load_state_dict`` runs
+                inside the block. Such a backward is no step; if the error is caught, training can
+                go on once its gradients are cleared.
         """
         engine = self._registered()
-        entered = engine.enter_consensus(self._buffers())
+        block = object()
         try:
+            engine.enter_consensus("averaged()", self._buffers, block)
             yield
         finally:
-            if entered:
-                engine.leave_consensus()
+            try:
+                engine.leave_consensus(block)
+            except KeyboardInterrupt:
+                # It came before the parameters were put back.
+                engine.leave_consensus(block)
+                raise
 
     def finish(self) -> None:
         """Drain what is in flight and end on the consensus model, on every rank. Collective.
@@ -281,7 +384,7 @@ class CommHookState(Rules, Joinable):
             RoundError: a round failed, or the averaging did; the models are as they were.
             RegistrationError: not registered yet, or inside ``averaged()``.
         """
-        self._registered().finish(self._buffers())
+        self._registered().finish("finish()", self._buffers)
 
     def disable(self) -> None:
         """Average gradients as plain DDP does, from the next step on. Collective.
@@ -290,8 +393,37 @@ class CommHookState(Rules, Joinable):
         since gradient averaging alone would never bring the ranks' models together again. An
         optimizer's state stays what it is: momentum gathered locally still differs between ranks.
         """
-        self.finish()
-        self._registered().disable()
+        engine = self._registered()
+        with uninterrupted():
+            engine.finish("disable()", self._buffers)
+            engine.disable()
+
+    def close(self) -> None:
+        """End the registration and give back what it holds: groups, threads, hooks. Collective.
+
+        Call it after :meth:`finish`. The module can then be wrapped in a new
+        ``DistributedDataParallel``, on which a new state is registered; a copy of this one is a new
+        state. :attr:`stats` can still be read. Closing twice does nothing.
+
+        Raises:
+            RoundError: the ranks are not at the same point.
+            RegistrationError: not registered yet, inside ``averaged()``, or steps were made since
+                :meth:`finish`.
+        """
+        if self._closed is not None:
+            return
+        engine = self._registered()
+        engine.refuse_inside_averaged("close()")
+        engine.refuse_unfinished()
+        with uninterrupted():
+            engine.close()
+            self._closed = engine.stats()
+            for watch in (self._optimizers, self._model_watch):
+                if watch is not None:
+                    watch.close()
+            if self._announcements is not None:
+                self._announcements.remove()
+            self._engine = self._optimizers = self._model_watch = self._announcements = None
 
     # Ranks with different numbers of batches: `with Join([state, ddp_model]):`.
 
@@ -306,11 +438,9 @@ class CommHookState(Rules, Joinable):
             RegistrationError: not registered yet.
         """
         self._registered()
-        model = self._model() if self._model is not None else None
+        model = self.model
         if model is None:
-            raise RegistrationError(
-                "Join needs a model registered with state.register(ddp_model, optimizer)."
-            )
+            raise RegistrationError("Join needs a model, and this state's is gone.")
         if self._announcements is not None:
             # Of a context that an exception has left.
             self._announcements.remove()
@@ -353,7 +483,9 @@ class CommHookState(Rules, Joinable):
     @property
     def stats(self) -> Stats:
         """A snapshot of what this rank has sent, waited for and hidden; zeros before a start."""
-        return self._engine.stats() if self._engine is not None else Stats()
+        if self._engine is not None:
+            return self._engine.stats()
+        return self._closed or Stats()
 
     # Checkpoints.
 
@@ -369,85 +501,97 @@ class CommHookState(Rules, Joinable):
             RegistrationError: not registered yet.
         """
         engine = self._registered()
-        return {"format": FORMAT} | self._identity(engine, self._form) | engine.state_dict()
+        return {"format": FORMAT} | self._identity(engine) | engine.state_dict()
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Refuse what :meth:`load_state_dict` would refuse; nothing changes.
+
+        Raises:
+            CheckpointError: another format, algorithm, hyper-parameter, rank or shape, or damaged.
+        """
+        mine = {"algorithm": type(self).__name__, "hyperparameters": self.hyperparameters()}
+        check_identity(state_dict, mine)
+        if self._engine is not None:
+            self._check(state_dict, self._engine)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` gave; the parameters are the caller's to load.
 
         Before the parameters are known (before ``register``; in the bare form before the first
-        backward), the values are kept until then. On another number of ranks than saved, load the
+        forward), the values are kept until then. On another number of ranks than saved, load the
         consensus model and any rank's dictionary on all of them; what had to be reset is logged.
 
         Raises:
-            CheckpointError: another format, algorithm, hyper-parameter, rank or shape. Nothing has
-                changed. Of values that were kept, RegistrationError says so on every rank.
+            CheckpointError: another format, algorithm, hyper-parameter, rank or shape, or damaged.
+                Nothing has changed. Of values that were kept, RegistrationError says so on every
+                rank.
+            RegistrationError: inside ``averaged()``.
         """
-        mine = {"algorithm": type(self).__name__, "hyperparameters": self.hyperparameters()}
-        check_identity(state_dict, mine)
-        if self._watcher is None:
+        self.check_state_dict(state_dict)
+        if self._engine is None:
             self._loaded = state_dict
         else:
-            self._load(state_dict, self._registered(), self._form)
+            self._load(state_dict, self._engine)
 
-    def _load_together(self, engine: Engine, form: str) -> None:
+    def _load_together(self, engine: Engine) -> None:
         """Load what was kept; refused on every rank if it does not fit on one. Collective."""
         if self._loaded is None:
             return
         problem = None
         try:
-            self._load(self._loaded, engine, form)
+            self._check(self._loaded, engine)
         except CheckpointError as error:
             problem = str(error)
         agree(engine.communicator.parent, {}, problem)
+        self._load(self._loaded, engine)
         self._loaded = None
 
-    def _load(self, loaded: Mapping[str, Any], engine: Engine, form: str) -> None:
-        mine = self._identity(engine, form)
+    def _check(self, loaded: Mapping[str, Any], engine: Engine) -> None:
+        mine = self._identity(engine)
         same_ranks = loaded.get("world_size") == mine["world_size"]
         if not same_ranks:
             # Any rank's vectors will do, or none.
             mine = {k: v for k, v in mine.items() if k not in ("world_size", "rank")}
         check_identity(loaded, mine)
+        engine.check_state_dict(loaded, same_ranks=same_ranks)
+
+    def _load(self, loaded: Mapping[str, Any], engine: Engine) -> None:
+        same_ranks = loaded["world_size"] == engine.communicator.size
         kept = engine.load_state_dict(loaded, same_ranks=same_ranks)
         if not same_ranks:
             logger.warning(
                 "commhooks: the checkpoint is of %s ranks, this run has %s; load the consensus "
                 "model on every rank. %s",
-                loaded.get("world_size"),
+                loaded["world_size"],
                 engine.communicator.size,
                 "The anchor goes on."
                 if kept
                 else "The algorithm's vectors were reset: it starts anew from the parameters.",
             )
 
-    def _identity(self, engine: Engine, form: str) -> dict[str, Any]:
+    def _identity(self, engine: Engine) -> dict[str, Any]:
         return {
             "algorithm": type(self).__name__,
             "hyperparameters": self.hyperparameters(),
             "world_size": engine.communicator.size,
             "rank": engine.communicator.rank,
-            "form": form,
         }
 
-    @property
-    def _form(self) -> str:
-        """How the state was registered; the two forms know the parameters in different orders."""
-        return "bare" if isinstance(self._watcher, LearnedOptimizers) else "register"
-
-    def _buffers(self) -> list[Tensor]:
-        model = self._model() if self._model is not None else None
-        return averageable_buffers(model) if model is not None else []
+    def _buffers(self) -> list[Buffer]:
+        model = self.model
+        return find_buffers(model, self.average_buffers) if model is not None else []
 
 
-# What a copy or a pickle starts without.
-_RUNTIME: dict[str, object] = {
-    "process_group": None,
-    "_engine": None,
-    "_loaded": None,
-    "_model": None,
-    "_watcher": None,
-    "_announcements": None,
-}
+# What belongs to one registration; a copy or a pickle starts without it.
+_RUNTIME = (
+    "_engine",
+    "_loaded",
+    "_ddp",
+    "_optimizers",
+    "_model_watch",
+    "_announcements",
+    "_closed",
+)
 
 
 def _world() -> dist.ProcessGroup:

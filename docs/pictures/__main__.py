@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from pictures import scaling, states, timeline
+from pictures import rates, scaling, states, timeline
 from pictures.paper import save
 
 PICTURES = {
@@ -11,6 +11,7 @@ PICTURES = {
     "states": states.draw,
     "scaling": scaling.draw_steps,
     "hiding-tau": scaling.draw_taus,
+    "rates": rates.draw,
 }
 
 

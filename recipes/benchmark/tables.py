@@ -14,7 +14,8 @@ __all__ = ["boundary_table", "overhead_table", "race_table"]
 def race_table(cell: Cell, lines: Sequence[Line], tau: int) -> Table:
     """All contenders of a cell."""
     table = _table(f"{cell.title}, tau={tau}")
-    table.add_column("", no_wrap=True)
+    # Where the terminal is too narrow names are wrapped, and never a figure cut.
+    table.add_column("")
     for heading in (
         "x no\ncomm.",
         "min",
@@ -67,7 +68,8 @@ def overhead_table(records: Sequence[Mapping[str, Any]]) -> Table:
 def boundary_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """A boundary, and what the state keeps."""
     table = _table("A boundary, waiting left out")
-    table.add_column("", no_wrap=True)
+    # Where the terminal is too narrow names are wrapped, and never a figure cut.
+    table.add_column("")
     for heading in (
         "M para-\nmeters",
         "ms a\ncopy",

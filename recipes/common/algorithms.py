@@ -1,6 +1,7 @@
 """The library's algorithms under the names that the recipes' options use."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,7 @@ import commhooks
 from commhooks import CommHookState
 from common.errors import RecipeError
 
-__all__ = ["AlgorithmName", "AlgorithmOptions", "build_state", "hyper_parameters", "signature"]
+__all__ = ["AlgorithmName", "AlgorithmOptions", "build_state", "hyper_parameters", "run_name"]
 
 AlgorithmName = Literal[
     "ddp", "all-reduce", "local-sgd", "overlap-local-sgd", "easgd", "cocod-sgd", "bmuf"
@@ -26,8 +27,21 @@ _STATES: dict[AlgorithmName, type[CommHookState]] = {
 }
 # The library leaves tau to its user, since it depends on the network; so must a recipe's default.
 _DEFAULT_TAU = 8
-# Values that a run's name need not mention.
-_SILENT = (("warmup_steps", 0), ("nesterov", False))
+# What a run's name says for them: lists of runs show the first 30 letters or so.
+_SHORT_NAMES: dict[str, str] = {
+    "all-reduce": "allreduce",
+    "local-sgd": "local",
+    "overlap-local-sgd": "overlap",
+    "cocod-sgd": "cocod",
+}
+_SHORT_OPTIONS = {
+    "tau": "t",
+    "alpha": "a",
+    "beta": "b",
+    "eta": "e",
+    "zeta": "z",
+    "warmup_steps": "w",
+}
 
 _hint = tyro.conf.arg
 
@@ -94,14 +108,38 @@ def hyper_parameters(options: AlgorithmOptions) -> dict[str, Any]:
     return {**defaults, **given}
 
 
-def signature(options: AlgorithmOptions) -> str:
-    """Algorithm and hyper-parameters in one line, for names."""
-    words = [
-        f"{name.removesuffix('_steps')}={value}"
+def run_name(options: AlgorithmOptions, *, lr: float, seed: int, others: Sequence[str]) -> str:
+    """What a run is called: ``overlap t8 lr0.05 s0 b0.7 iid 2w``.
+
+    What tells most runs apart comes first: algorithm, tau, learning rate and seed. Then come the
+    hyper-parameters that are not at their defaults, each with the first letter of its name.
+
+    Args:
+        options: the algorithm.
+        lr: learning rate.
+        seed: of the run.
+        others: further words, the most important first.
+    """
+    defaults = _defaults(options.algorithm)
+    changed = {
+        name: value
         for name, value in hyper_parameters(options).items()
-        if value is not None and name != "bucket_cap_mb" and (name, value) not in _SILENT
-    ]
-    return " ".join([options.algorithm, *words])
+        # Messages of another size carry the same numbers.
+        if name not in ("tau", "bucket_cap_mb") and value != defaults[name]
+    }
+    tau = hyper_parameters(options).get("tau")
+    words = [_SHORT_NAMES.get(options.algorithm, options.algorithm)]
+    words += [] if tau is None else [_word("tau", tau)]
+    words += [f"lr{lr:g}", f"s{seed}"]
+    return " ".join([*words, *(_word(*pair) for pair in changed.items()), *others])
+
+
+def _word(name: str, value: Any) -> str:
+    """A hyper-parameter in a name; one that is either on or off by its name alone."""
+    if value is True:
+        return name
+    short = _SHORT_OPTIONS.get(name, f"{name}=")
+    return f"{short}{value:g}" if isinstance(value, int | float) else f"{short}{value}"
 
 
 def build_state(options: AlgorithmOptions) -> CommHookState | None:

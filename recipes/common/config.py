@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict
 from typing import Any
 
-from common.algorithms import AlgorithmOptions, hyper_parameters, signature
+from common.algorithms import AlgorithmOptions, hyper_parameters, run_name
 from common.checkpointing import CheckpointOptions
 from common.options import FeedOptions, RunOptions
 from common.tracking import RunIdentity, versions
@@ -18,6 +18,7 @@ _PLUMBING = (
     "preset",
     "output_dir",
     "json",
+    "pace",
     "wandb",
     "project",
     "group",
@@ -71,7 +72,12 @@ class RecipeConfig(ABC):
         method, data, run = self.method, self.data, self.run
         _, dataset, model = self.subject
         return RunIdentity(
-            name=f"{signature(method)} {data.partition} workers={workers} seed={run.seed}",
+            name=run_name(
+                method,
+                lr=self.training.lr,
+                seed=run.seed,
+                others=(data.partition, f"{workers}w"),
+            ),
             group=run.group or " ".join(self.subject),
             job_type="train",
             tags=(method.algorithm, model, dataset, data.partition, *run.tags),

@@ -106,6 +106,8 @@ class RunOptions:
     """Where everything the run writes goes."""
     json: Annotated[Path | None, _option("FILE")] = None
     """File to write the results to."""
+    pace: Annotated[Path | None, _option("FILE")] = None
+    """File to write to, early in the run, what its first steps took."""
     wandb: WandbMode = "offline"
     """offline needs no account and no network; wandb sync uploads such runs later."""
     project: str = "commhooks"

@@ -23,6 +23,7 @@ from common.config import RecipeConfig
 from common.data import ShareOrder, share_loader, test_loader
 from common.errors import RecipeError
 from common.options import refuse
+from common.pace import pace_of, write_pace
 from common.partitions import Indices, label_counts, partition
 from common.report import Results, show_results, write_results
 from common.session import open_session
@@ -113,6 +114,7 @@ class Run(ABC):
         self.epoch_loss = Mean()
         self.step = 0
         self.samples = 0
+        self._pace_told = False
         self._go_on()
 
     @abstractmethod
@@ -180,6 +182,7 @@ class Run(ABC):
         Raises:
             Stopped: a worker got SIGTERM or Ctrl-C, and the run has been saved.
         """
+        reached: tuple[float, Evaluation] | None = None
         self.accelerator.wait_for_everyone()
         with progress_bar(self.accelerator) as bar:
             task = bar.add_task("", total=self.total_steps)
@@ -189,14 +192,15 @@ class Run(ABC):
                         bar.update(task, completed=self.step)
                         if self.step % self.eval_every == 0 and self.step < self.total_steps:
                             with self.watch.paused():
-                                _, evaluation = self._test(bar.console, done=False)
-                            if self._reached(evaluation):
-                                self.total_steps = self.step
+                                tested = self._test(bar.console, done=False)
+                            if self._reached(tested[1]):
+                                reached, self.total_steps = tested, self.step
                 if self.state is not None:
                     self.state.finish()
             with self.traffic.not_counted():
                 self.keeper.save(self.step, self._position)
-            train_loss, evaluation = self._test(bar.console, done=True)
+            # Where the last evaluation ended the run, its consensus model is what finish() left.
+            train_loss, evaluation = reached or self._test(bar.console, done=True)
         return self._results(train_loss, evaluation)
 
     def _epoch(self) -> Iterator[None]:
@@ -220,6 +224,7 @@ class Run(ABC):
                 lr = self.scheduler.get_last_lr()[0]
                 self._log({"train/loss": self.recent_loss.take(), "train/lr": lr})
             self.scheduler.step()
+            self._tell_pace()
             yield
             if self.step == self.total_steps:
                 return
@@ -239,6 +244,16 @@ class Run(ABC):
                 highlight=False,
             )
         return train_loss, evaluation
+
+    def _tell_pace(self) -> None:
+        """Write what the first steps took, once, to where somebody waits for it."""
+        path = self.config.run.pace
+        if path is None or self._pace_told or not self.accelerator.is_main_process:
+            return
+        pace = pace_of(self.step, self.watch.seconds, self.traffic.stats, self.steps_per_epoch)
+        if pace is not None:
+            write_pace(pace, path)
+            self._pace_told = True
 
     def _reached(self, evaluation: Evaluation) -> bool:
         """Whether the run has come to where it was to end; the same on every worker."""

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from accelerate import Accelerator
 
 import commhooks
 from commhooks import Stats
+from commhooks.frameworks import comm_metrics
 from common.options import RunOptions
 
-__all__ = ["RunIdentity", "Tracker", "comm_metrics", "versions"]
+__all__ = ["RunIdentity", "Tracker", "versions"]
 
 # Every record carries all of these, so that any metric can be drawn against any of them.
 _AXES = ("train/step", "train/samples", "time/seconds")
@@ -54,11 +55,6 @@ def versions() -> dict[str, str]:
         "commhooks": commhooks.__version__,
         **{package: version(package) for package in _PACKAGES},
     }
-
-
-def comm_metrics(stats: Stats) -> dict[str, float]:
-    """A state's counters by the names they have in W&B."""
-    return {f"comm/{name}": value for name, value in asdict(stats).items()}
 
 
 class Tracker:

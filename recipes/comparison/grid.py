@@ -38,31 +38,47 @@ class Method:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is averaged over seeds; an algorithm that synchronises at every step has no tau."""
+    """What is averaged over seeds; an algorithm that synchronises at every step has no tau.
+
+    ``lr`` is None where a grid does not vary the learning rate.
+    """
 
     method: Method
     tau: int | None
     partition: Scheme
+    lr: float | None = None
 
     @property
     def label(self) -> str:
-        """Its method, tau and partition in one line."""
-        tau = [] if self.tau is None else [f"tau={self.tau}"]
-        return " ".join([self.method.label, *tau, self.partition])
+        """Its method, tau, learning rate and partition in one line."""
+        return self.name()
+
+    def name(self, *without: str) -> str:
+        """The label, axes named in ``without`` left out."""
+        axes = {
+            "tau": None if self.tau is None else f"tau={self.tau}",
+            "lr": None if self.lr is None else f"lr={self.lr:g}",
+            "partition": self.partition,
+        }
+        words = [word for axis, word in axes.items() if word and axis not in without]
+        return " ".join([self.method.label, *words])
 
     def arguments(self, seed: int) -> list[str]:
         """Its part of the command line of the run with ``seed``."""
         words = self.method.arguments()
         if self.tau is not None:
             words += ["--tau", str(self.tau)]
+        if self.lr is not None:
+            words += ["--lr", str(self.lr)]
         return [*words, "--partition", self.partition, "--seed", str(seed)]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Every method with every tau on every partition with every seed.
+    """Every method with every tau and learning rate on every partition with every seed.
 
-    ``options`` are further ones of the recipe, the same for all runs.
+    ``options`` are further ones of the recipe, the same for all runs. Without any ``lr`` all runs
+    have the learning rate that these say, or the recipe's own.
     """
 
     algorithms: tuple[str, ...]
@@ -71,6 +87,7 @@ class Grid:
     seeds: tuple[int, ...]
     workers: int
     options: tuple[str, ...]
+    lr: tuple[float, ...] = ()
 
     def with_changes(self, **changes: Any) -> "Grid":
         """The grid with these fields replaced, where they are not None."""
@@ -93,10 +110,11 @@ class Grid:
         for values in (self.tau, self.partitions, self.seeds):
             _some(values)
         cells = [
-            Cell(method, tau if method.has_tau else None, partition)
+            Cell(method, tau if method.has_tau else None, partition, lr)
             for partition in self.partitions
             for method in self.methods()
             for tau in self.tau
+            for lr in self.lr or (None,)
         ]
         return list(dict.fromkeys(cells))
 
@@ -124,6 +142,8 @@ def parse_method(text: str) -> Method:
             raise RecipeError(f"{text!r}: write hyper-parameters as {name}:alpha=0.6,beta=0.7")
         if key == "tau":
             raise RecipeError(f"{text!r}: tau is an axis of its own; use --tau")
+        if key == "lr":
+            raise RecipeError(f"{text!r}: lr is an axis of its own; use --lr")
         fixed.append((key, value))
     return Method(algorithm, tuple(fixed))
 
@@ -162,5 +182,23 @@ GRIDS = {
         seeds=(0, 1, 2),
         workers=4,
         options=("--model", "small-cnn", "--epochs", "60"),
+    ),
+    # Which learning rate suits which algorithm, on a short run.
+    "learning-rates": Grid(
+        algorithms=(
+            "ddp",
+            "local-sgd",
+            "overlap-local-sgd:beta=0",
+            "overlap-local-sgd:beta=0.7",
+            "easgd",
+            "cocod-sgd",
+            "bmuf",
+        ),
+        tau=(8,),
+        partitions=("iid",),
+        seeds=(0, 1, 2),
+        workers=2,
+        options=_SMALL,
+        lr=(0.025, 0.05, 0.1, 0.15, 0.25, 0.5),
     ),
 }

@@ -1,13 +1,13 @@
 """The pictures of a comparison, for a column or the width of a page, in colour or without."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from comparison.grid import Method
+from comparison.grid import Cell, Method
 from comparison.panels import (
     Panel,
     canvas,
@@ -20,9 +20,11 @@ from comparison.panels import (
 from comparison.results import AXES, Axis, CellResult
 from comparison.style import FONT_SIZE, Look, looks
 
-__all__ = ["draw_all"]
+__all__ = ["draw_all", "draw_curves"]
 
 Looks = dict[Method, Look]
+# Values of an axis in its order, and how they are written below it.
+Places = dict[float, str]
 
 _LOSS = "test loss (nats)"
 _ACCURACY = "test accuracy (%)"
@@ -36,6 +38,9 @@ _DODGE = 0.09
 def draw_all(results: Sequence[CellResult], folder: Path) -> list[Path]:
     """Draw what the results allow into ``folder``; returns the files."""
     drawn = [result for result in results if result.runs]
+    if len({result.cell.lr for result in drawn}) > 1:
+        # A curve for every learning rate would be too many for one picture.
+        return _over_learning_rates(drawn, folder)
     style = looks(result.cell.method for result in drawn)
     pictures = []
     for name, metric, axis in (
@@ -54,6 +59,21 @@ def draw_all(results: Sequence[CellResult], folder: Path) -> list[Path]:
     if len(taus) > 1 and any(result.figure("accuracy") for result in drawn):
         draw_accuracy_over_tau(drawn, style, folder / "accuracy-tau.png")
         pictures.append(folder / "accuracy-tau.png")
+    return pictures
+
+
+def _over_learning_rates(results: Sequence[CellResult], folder: Path) -> list[Path]:
+    """A picture for every tau; who has no tau is in all of them."""
+    style = looks(result.cell.method for result in results)
+    taus = sorted({r.cell.tau for r in results if r.cell.tau is not None})
+    columns: list[int | None] = [*taus] or [None]
+    pictures = []
+    for tau in columns:
+        drawn = [result for result in results if result.cell.tau in (tau, None)]
+        name = "accuracy-lr" if len(taus) < 2 else f"accuracy-lr-tau={tau}"
+        if any(result.figure("accuracy") for result in drawn):
+            draw_accuracy_over_lr(drawn, style, folder / f"{name}.png")
+            pictures.append(folder / f"{name}.png")
     return pictures
 
 
@@ -176,8 +196,29 @@ def _bars(axes: Axes, panel: Panel, methods: Sequence[Method]) -> None:
 
 def draw_accuracy_over_tau(results: Sequence[CellResult], style: Looks, path: Path) -> None:
     """Final accuracy against tau, one panel a partition; a bar is a standard deviation each way."""
-    partitions = list(dict.fromkeys(result.cell.partition for result in results))
     taus = sorted({r.cell.tau for r in results if r.cell.tau is not None})
+    places: Places = {tau: str(tau) for tau in taus}
+    label = "tau (steps between two averagings)"
+    _draw_accuracy_over(results, style, path, places, lambda cell: cell.tau, label)
+
+
+def draw_accuracy_over_lr(results: Sequence[CellResult], style: Looks, path: Path) -> None:
+    """Final accuracy against the learning rate, likewise."""
+    rates = sorted({r.cell.lr for r in results if r.cell.lr is not None})
+    places: Places = {lr: f"{lr:g}" for lr in rates}
+    _draw_accuracy_over(results, style, path, places, lambda cell: cell.lr, "learning rate")
+
+
+def _draw_accuracy_over(
+    results: Sequence[CellResult],
+    style: Looks,
+    path: Path,
+    places: Places,
+    place: Callable[[Cell], float | None],
+    label: str,
+) -> None:
+    """Final accuracy at ``places``, that are evenly apart; ``place`` says where a cell belongs."""
+    partitions = list(dict.fromkeys(result.cell.partition for result in results))
     columns = 2 if len(partitions) == 1 else 4
     with canvas(
         1,
@@ -189,36 +230,42 @@ def draw_accuracy_over_tau(results: Sequence[CellResult], style: Looks, path: Pa
         figure,
         axes,
     ):
-        for cell, partition in zip(axes[0], partitions, strict=True):
+        for panel, partition in zip(axes[0], partitions, strict=True):
             if len(partitions) > 1:
-                cell.set_title(partition)
+                panel.set_title(partition)
             for number, (method, look) in enumerate(style.items()):
-                own = [
-                    r for r in results if r.cell.partition == partition and r.cell.method == method
-                ]
+                own = {
+                    place(r.cell): r
+                    for r in results
+                    if r.cell.partition == partition and r.cell.method == method
+                }
                 shift = _DODGE * (number - (len(style) - 1) / 2)
-                _accuracy(cell, own, taus, look, shift)
-            cell.set_xticks(range(len(taus)), [str(tau) for tau in taus])
-        label_axes(axes, "tau (steps between two averagings)", _ACCURACY)
+                _accuracy(panel, own, list(places), look, shift)
+            panel.set_xticks(range(len(places)), list(places.values()))
+        label_axes(axes, label, _ACCURACY)
         legend_of_lines(figure, style, columns)
         save(figure, path)
 
 
 def _accuracy(
-    axes: Axes, results: Sequence[CellResult], taus: Sequence[int], look: Look, shift: float
+    axes: Axes,
+    results: Mapping[float | None, CellResult],
+    places: Sequence[float],
+    look: Look,
+    shift: float,
 ) -> None:
     points = []
-    for result in results:
+    for place, result in results.items():
         accuracy = result.figure("accuracy")
         if accuracy is None:
             continue
         mean, deviation = 100 * accuracy.mean, 100 * (accuracy.deviation or 0.0)
-        if result.cell.tau is None:
+        if place is None:
             # Synchronised at every step: one value, for all tau.
             axes.axhline(mean, **{**look.line(), "marker": ""})
             axes.axhspan(mean - deviation, mean + deviation, color="0.9", linewidth=0, zorder=0)
         else:
-            points.append((taus.index(result.cell.tau) + shift, mean, deviation))
+            points.append((places.index(place) + shift, mean, deviation))
     if points:
         x, y, error = zip(*sorted(points), strict=True)
         axes.errorbar(x, y, yerr=error, capsize=2, elinewidth=0.8, **look.line())

@@ -23,7 +23,7 @@ _POLL_S = 0.5
 
 
 class Board:
-    """One row a method, one column a tau and partition; every field counts seeds.
+    """One row a method and learning rate, one column a tau and partition; every field counts seeds.
 
     Args:
         runs: all runs by name, in the order of running.
@@ -69,9 +69,9 @@ class Board:
         for partition, tau in columns:
             heading = "every step" if tau is None else f"tau={tau}"
             table.add_column(f"{partition}\n{heading}", justify="right", no_wrap=True)
-        for method in dict.fromkeys(cell.method for cell in cells):
-            fields = [self._field(Cell(method, tau, partition)) for partition, tau in columns]
-            table.add_row(method.label, *fields)
+        for method, lr in dict.fromkeys((cell.method, cell.lr) for cell in cells):
+            fields = [self._field(Cell(method, tau, partition, lr)) for partition, tau in columns]
+            table.add_row(Cell(method, None, "iid", lr).name("partition"), *fields)
         return Group(table, self._line())
 
     def _field(self, cell: Cell) -> str:

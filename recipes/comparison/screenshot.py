@@ -19,8 +19,10 @@ from rich.text import Text
 _COLUMNS, _ROWS = 150, 42
 # Until it has read the runs, and between two keys.
 _START_S, _KEY_S = 8.0, 1.0
-# Only runs of one seed; all of them on the charts; and of the charts those that tell most.
-_KEYS = ("f", "seed-0", "Enter", "C-a", "y", "/", "by_time|seconds_", "Enter")
+# The mouse drags the border of the list to the right: the names of the runs come behind date and
+# time. Then only runs of one seed, all of them on the charts, and the charts that tell most.
+_DRAG = ("\x1b[<0;39;20M", "\x1b[<32;62;20M", "\x1b[<0;62;20m")
+_KEYS = (*_DRAG, "f", "s0-", "Enter", "C-a", "y", "/", "by_time|seconds_", "Enter")
 
 
 def capture(folder: Path) -> str:
@@ -31,7 +33,8 @@ def capture(folder: Path) -> str:
     try:
         time.sleep(_START_S)
         for key in _KEYS:
-            _tmux(socket, "send-keys", key)
+            literally = ["-l"] if key in _DRAG else []
+            _tmux(socket, "send-keys", *literally, "--", key)
             time.sleep(_KEY_S)
         time.sleep(_START_S / 2)
         lines = _tmux(socket, "capture-pane", "-p", "-e").rstrip().splitlines()

@@ -1,7 +1,7 @@
 """A grid's figures as tables: in the terminal, and as Markdown."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from common.markdown import machine, markdown_table
+from comparison.grid import Cell
 from comparison.results import CellResult
 
 __all__ = ["NOTE", "markdown", "terminal_tables"]
@@ -74,7 +75,8 @@ def terminal_tables(results: Sequence[CellResult], title: str) -> list[Table]:
         )
         for number, column in enumerate(head):
             justify: Literal["left", "right"] = "right" if number else "left"
-            table.add_column(column.replace(" ", "\n"), justify=justify, no_wrap=True)
+            # Where the terminal is too narrow names are wrapped, and never a figure cut.
+            table.add_column(column.replace(" ", "\n"), justify=justify, no_wrap=number > 0)
         for row in rows:
             table.add_row(*row)
         tables.append(table)
@@ -98,6 +100,8 @@ def _tables(results: Sequence[CellResult]) -> list[_Table]:
     tables = []
     if len({result.cell.tau for result in results} - {None}) > 1:
         tables += [_over_tau(quality, partition, share) for partition, share in shares.items()]
+    if len({result.cell.lr for result in results}) > 1:
+        tables += [_over_lr(quality, partition, share) for partition, share in shares.items()]
     return tables + [_figures(quality, partition, share) for partition, share in shares.items()]
 
 
@@ -111,27 +115,64 @@ def _quality(results: Sequence[CellResult]) -> _Figure:
 
 
 def _over_tau(quality: _Figure, partition: str, results: Sequence[CellResult]) -> _Table:
-    """One row a method, one column a tau."""
+    """One row a method and learning rate, one column a tau."""
     # 0 for those that synchronise at every step.
-    taus = sorted({result.cell.tau or 0 for result in results})
-    found = {(r.cell.method, r.cell.tau or 0): quality.text(r) for r in results}
-    methods = dict.fromkeys(result.cell.method for result in results)
-    rows = [[method.label, *(found.get((method, tau), "") for tau in taus)] for method in methods]
-    head = ["", *(f"tau={tau}" if tau else "every step" for tau in taus)]
-    return f"{quality.heading}, {partition}", head, rows
+    columns: dict[float, str] = {
+        tau: f"tau={tau}" if tau else "every step"
+        for tau in sorted({result.cell.tau or 0 for result in results})
+    }
+
+    def place(cell: Cell) -> tuple[str, float]:
+        return cell.name("tau", "partition"), cell.tau or 0
+
+    return _side_by_side(quality, partition, results, columns, place)
+
+
+def _over_lr(quality: _Figure, partition: str, results: Sequence[CellResult]) -> _Table:
+    """One row a method and tau, one column a learning rate."""
+    columns = {lr: f"lr={lr:g}" for lr in sorted({r.cell.lr for r in results if r.cell.lr})}
+
+    def place(cell: Cell) -> tuple[str, float]:
+        return cell.name("lr", "partition"), cell.lr or 0
+
+    return _side_by_side(quality, partition, results, columns, place)
+
+
+def _side_by_side(
+    quality: _Figure,
+    partition: str,
+    results: Sequence[CellResult],
+    columns: Mapping[float, str],
+    place: Callable[[Cell], tuple[str, float]],
+) -> _Table:
+    """How good the models are, each where ``place`` puts its cell: a row and a column."""
+    found = {place(result.cell): quality.text(result) for result in results}
+    rows = [
+        [row, *(found.get((row, column), "") for column in columns)]
+        for row in dict.fromkeys(row for row, _ in found)
+    ]
+    return f"{quality.heading}, {partition}", ["", *columns.values()], rows
 
 
 def _figures(quality: _Figure, partition: str, results: Sequence[CellResult]) -> _Table:
     """One row a cell."""
     figures = [quality, *(figure for figure in _OTHERS if figure.name != quality.name)]
-    head = ["", "tau", *(figure.heading for figure in figures), "seeds"]
+    head = ["", "tau", "lr", *(figure.heading for figure in figures), "seeds"]
     rows = [
         [
             result.cell.method.label,
             "-" if result.cell.tau is None else str(result.cell.tau),
+            "-" if result.cell.lr is None else f"{result.cell.lr:g}",
             *(figure.text(result) for figure in figures),
             str(len(result.runs)),
         ]
         for result in results
     ]
+    # Mostly all of a grid have one learning rate, and its options say which.
+    if all(result.cell.lr is None for result in results):
+        head, rows = _without(2, head), [_without(2, row) for row in rows]
     return partition, head, rows
+
+
+def _without(column: int, row: list[str]) -> list[str]:
+    return [*row[:column], *row[column + 1 :]]

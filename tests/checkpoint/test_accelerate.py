@@ -140,7 +140,7 @@ def test_tensors_and_plain_values_only(tmp_path: Path) -> None:
     for rank in range(2):
         path = tmp_path / f"commhooks-rank-{rank:05d}-of-00002.pt"
         saved = torch.load(path, weights_only=True)
-        assert saved["commhooks"]["rank"] == rank
+        assert saved["states"][0]["rank"] == rank
         assert len(saved["optimizers"]) == 2
 
 
@@ -170,7 +170,7 @@ def test_another_number_of_ranks_starts_from_the_consensus(tmp_path: Path, size:
     own = run_ranks(save_and_tell, 2, case, tmp_path)
     consensus = mean(own)
     z = torch.load(tmp_path / "commhooks-rank-00000-of-00002.pt", weights_only=True)
-    anchor = torch.cat([part.reshape(-1) for part in z["commhooks"]["vectors"]["z"]])
+    anchor = torch.cat([part.reshape(-1) for part in z["states"][0]["vectors"]["z"]])
     ends = run_ranks(resume_elsewhere, size, case, tmp_path)
     for values, z_there, moments, rate, _ in ends:
         torch.testing.assert_close(values, consensus)
@@ -290,10 +290,10 @@ def checkpoint_twice(case: Case) -> None:
     commhooks.accelerate.checkpoint(run.accelerator, run.state)
 
 
-def test_a_second_state_is_refused() -> None:
+def test_the_same_state_twice_is_refused() -> None:
     for end in rank_outcomes(checkpoint_twice, 2, BASE):
         assert isinstance(end.error, RegistrationError), end.describe()
-        assert "checkpoints a commhooks state already" in str(end.error)
+        assert "checkpoints this state already" in str(end.error)
 
 
 def test_a_checkpoint_of_accelerate_alone_is_refused(base: Path) -> None:
@@ -306,7 +306,9 @@ def test_a_checkpoint_of_accelerate_alone_is_refused(base: Path) -> None:
 def test_saving_over_a_checkpoint_of_other_ranks_leaves_none_of_theirs(tmp_path: Path) -> None:
     run_ranks(save_and_tell, 3, BASE, tmp_path)
     run_ranks(save_and_tell, 2, BASE, tmp_path)
-    assert sorted(path.name for path in tmp_path.glob("commhooks-rank-*")) == [
+    assert sorted(path.name for path in tmp_path.glob("commhooks-*")) == [
+        "commhooks-objects-rank-00000-of-00002.pkl",
+        "commhooks-objects-rank-00001-of-00002.pkl",
         "commhooks-rank-00000-of-00002.pt",
         "commhooks-rank-00001-of-00002.pt",
     ]

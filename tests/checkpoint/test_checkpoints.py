@@ -165,6 +165,62 @@ def test_none_whole_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
         checkpoints.newest()
 
 
+def of_another_tool(folder: Path, name: str) -> None:
+    """What Hugging Face's Trainer leaves."""
+    (folder / name).mkdir(parents=True)
+    (folder / name / "trainer_state.json").write_text("{}")
+
+
+def test_what_another_tool_has_written_is_never_ours(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("checkpoint-5000", "checkpoint-7", ".draft-letter"):
+        of_another_tool(tmp_path, name)
+    (tmp_path / "checkpoint-00000009").write_text("a file")
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    assert checkpoints.newest() is None
+    for number in (3, 4):
+        checkpoints.save(number, write(str(number)))
+    assert text_of(checkpoints.newest()) == "4"
+    assert names(tmp_path) == [
+        ".draft-letter",
+        "checkpoint-00000004",
+        "checkpoint-00000009",
+        "checkpoint-5000",
+        "checkpoint-7",
+    ]
+    assert not caplog.records
+
+
+def with_a_manifest_of_its_own(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").write_text('{"layers": []}')
+
+
+def without_one(checkpoint: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize("manifest", [without_one, with_a_manifest_of_its_own])
+def test_ours_by_name_alone_is_neither_renamed_nor_deleted(
+    tmp_path: Path, manifest: Callable[[Path], object]
+) -> None:
+    """It may be another tool's, or ours that lost its manifest: nobody can know."""
+    for name in ("checkpoint-00000001", "checkpoint-12345678"):
+        of_another_tool(tmp_path, name)
+        manifest(tmp_path / name)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    with pytest.raises(CheckpointError, match="None of the 2 checkpoints"):
+        checkpoints.newest()
+    for number in (2, 3):
+        checkpoints.save(number, write(str(number)))
+    assert text_of(checkpoints.newest()) == "3"
+    assert names(tmp_path) == [
+        "checkpoint-00000001",
+        "checkpoint-00000003",
+        "checkpoint-12345678",
+    ]
+
+
 class PowerCut(BaseException):
     """Ends the process as far as the code under test can tell."""
 
@@ -246,6 +302,24 @@ def test_a_rank_that_cannot_write_fails_all_of_them(tmp_path: Path) -> None:
     assert isinstance(ends[0].error, CheckpointError)
     assert "rank 1: OSError: [Errno 28] No space left on device" in str(ends[0].error)
     assert Checkpoints(tmp_path).newest() == tmp_path / "checkpoint-00000001"
+
+
+def test_a_name_that_another_tool_has_taken_is_refused_on_every_rank(tmp_path: Path) -> None:
+    of_another_tool(tmp_path, "checkpoint-00000005")
+    for end in rank_outcomes(save_by_rank, 2, tmp_path, 5):
+        assert isinstance(end.error, CheckpointError), end.describe()
+        assert "is there already and has no manifest.json" in str(end.error)
+    assert names(tmp_path) == ["checkpoint-00000005"]
+    assert names(tmp_path / "checkpoint-00000005") == ["trainer_state.json"]
+
+
+def test_a_name_that_is_taken_on_one_disk_is_refused_on_every_rank(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    of_another_tool(folders[1], "checkpoint-00000005")
+    ends = rank_outcomes(save_on_own_disk, 2, folders, [5])
+    assert all(isinstance(end.error, CheckpointError) for end in ends)
+    assert "rank 1: " in str(ends[0].error)
+    assert not folders[0].exists()
 
 
 def newest_by_rank(folders: list[Path]) -> tuple[Path | None, str]:

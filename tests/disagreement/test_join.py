@@ -3,7 +3,6 @@
 DDP shadows only its own all-reduces: a rank that is out of batches misses the state's rounds.
 """
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -28,19 +27,11 @@ def of_the_model_alone(trainer: Trainer) -> AbstractContextManager[object]:
 
 
 def without_an_early_end(trainer: Trainer) -> AbstractContextManager[object]:
-    """What Accelerate's ``join_uneven_inputs([ddp_model])`` opens."""
+    """What Accelerate's ``join_uneven_inputs([ddp_model])`` opens, on GPUs alone."""
     return Join([trainer.model], throw_on_early_termination=False)
 
 
-def of_accelerate(trainer: Trainer) -> AbstractContextManager[object]:
-    from accelerate import Accelerator
-
-    os.environ |= {"RANK": str(trainer.rank), "LOCAL_RANK": str(trainer.rank), "WORLD_SIZE": "2"}
-    accelerator = Accelerator(cpu=True)
-    return accelerator.join_uneven_inputs([trainer.model], even_batches=False)  # type: ignore[no-any-return]
-
-
-CONTEXTS = [of_the_model, of_the_model_alone, without_an_early_end, of_accelerate]
+CONTEXTS = [of_the_model, of_the_model_alone, without_an_early_end]
 CASES = [
     Case("LocalSGD", {"tau": 2}),
     Case("OverlapLocalSGD", {"tau": 2}),

@@ -1,13 +1,15 @@
 """Pins that the Python of README and docs runs, block after block of a page in one namespace.
 
-Fences of ``python`` are run as they are. Those of ``py``, fragments of somebody's larger program,
-and of ``diff``, with what they add, are run after what the program has before them.
+Fences of ``python`` are run as they are; on the pages in ``PROGRAMS`` each is a complete program,
+which is launched on its own. Those of ``py``, fragments of somebody's larger program, and of
+``diff``, with what they add, are run after what the program has before them.
 """
 
 import os
 import re
 import tempfile
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,15 @@ import torch
 from tests.harness import run_ranks
 
 ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PROGRAMS = ("docs/frameworks.md",)
 PAGES = sorted(
-    str(page.relative_to(ROOT))
+    name
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
-    if "_build" not in page.parts and BLOCK.search(page.read_text())
+    if "_build" not in page.parts
+    and BLOCK.search(page.read_text())
+    and (name := str(page.relative_to(ROOT))) not in PROGRAMS
 )
 
 
@@ -98,3 +104,41 @@ def test_there_are_pages_to_run() -> None:
 def test_page_runs(page: str) -> None:
     # Not tidy: the classes and functions of a page keep its model, and so its group, for a while.
     assert all(blocks > 0 for blocks in run_ranks(run_page, 2, page, tidy=False))
+
+
+LAUNCHED = [
+    pytest.param(block, id=f"{name} {number}")
+    for name in PROGRAMS
+    for number, block in enumerate(BLOCK.findall((ROOT / name).read_text()), start=1)
+]
+# What a machine needs whose torchvision was built for CUDA and whose torch was not.
+TORCHVISION = "import common.torchvision_cpu\n"
+EXTRAS = {"transformers", "lightning"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", LAUNCHED)
+def test_program_runs_in_a_file_of_its_own(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(RECIPES))
+    from common.launch import launch
+
+    imported = set(re.findall(r"^(?:from|import) (\w+)", program, re.MULTILINE))
+    needed = imported & EXTRAS
+    if not all(find_spec(package) for package in needed):
+        pytest.skip("needs the extra frameworks")
+    script = tmp_path / "script.py"
+    script.write_text((TORCHVISION if needed else "") + program)
+    path = os.pathsep.join([str(RECIPES), str(ROOT)])
+    launch(
+        script,
+        [],
+        workers=2,
+        capture=True,
+        timeout=110.0,
+        environment={"PYTHONPATH": path},
+        cwd=tmp_path,
+    )
+    saved = {path.name for path in tmp_path.iterdir()}
+    assert saved & {"model", "model.pt", "model.ckpt"}

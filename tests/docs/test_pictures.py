@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+from tests.harness import scaled
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_pictures_are_drawn(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "pictures", str(tmp_path)], cwd=DOCS, check=True, timeout=60
+        [sys.executable, "-m", "pictures", str(tmp_path)], cwd=DOCS, check=True, timeout=scaled(60)
     )
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {path.name for path in (DOCS / "pictures").glob("*.svg")}

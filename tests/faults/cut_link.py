@@ -34,13 +34,13 @@ def main(folder: Path, seconds: float, timeout: float, steps: int) -> None:
                 )
             )
     for rank in range(RANKS):
-        signals.await_(f"rank {rank} is near", patience=60)
+        signals.await_(f"rank {rank} is near")
     run("ip", "link", "set", "port1", "down")
     signals.give("cut")
     time.sleep(seconds)
     run("ip", "link", "set", "port1", "up")
     for process in processes:
-        process.wait(60)
+        process.wait()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 import pytest
 from torch import Tensor
 
-from commhooks.engine.communicator import Communicator
-from commhooks.engine.round import Round
+from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.rounds.round import Round
 from tests.cases import PERIODIC, Case, with_tau
 from tests.expected import assert_follows, reference_trajectory
 from tests.harness import run_ranks

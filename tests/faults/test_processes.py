@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 import commhooks
-from commhooks.engine.communicator import Communicator
+from commhooks.engine.network.communicator import Communicator
 from tests.cases import BLOCKING, OVERLAPPED, PERIODIC, Case, with_tau
 from tests.expected import reference_trajectory
 from tests.harness import Outcome, RankDied, rank_outcomes, run_ranks

@@ -5,7 +5,8 @@
 [0, 1]
 """
 
-from tests.harness.launch import rank_outcomes, run_ranks
+from tests.harness.launch import preload, rank_outcomes, run_ranks
+from tests.harness.limits import scaled
 from tests.harness.outcome import (
     Outcome,
     RankDied,
@@ -20,6 +21,8 @@ __all__ = [
     "RankStuck",
     "RanksFailed",
     "ResourcesLeaked",
+    "preload",
     "rank_outcomes",
     "run_ranks",
+    "scaled",
 ]

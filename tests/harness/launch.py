@@ -16,6 +16,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
+from tests.harness.limits import scaled
 from tests.harness.outcome import Outcome, RankDied, RankStuck, values_or_raise
 from tests.harness.worker import DUMP_SIGNAL, Task, work
 
@@ -23,21 +24,20 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 TIMEOUT = 60.0
+# For the others, once a rank has failed.
 GRACE = 3.0
+# For threads and sockets, once the process group is gone.
+PATIENCE = 3.0
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "torch",
-        "torch._dynamo",
-        "torch.nn.parallel",
-        "torch.distributed.nn",
-        "torch.distributed.optim",
-        "accelerate",
-        "pytest",
-        "hypothesis",
-    ]
-)
+_preloaded = ["tests.harness.preloaded"]
+_context.set_forkserver_preload(_preloaded)
+
+
+def preload(module: str) -> None:
+    """Have the fork server import ``module`` as well, unless it runs already."""
+    _preloaded.append(module)
+    _context.set_forkserver_preload(_preloaded)
 
 
 def run_ranks(
@@ -52,13 +52,14 @@ def run_ranks(
     """What ``fn(*args)`` returned on each rank of a gloo group of ``world_size`` processes.
 
     ``fn`` is a module-level function. ``timeout`` seconds bound the whole task,
-    ``group_timeout`` (the same by default) each collective. With ``initialise=False`` there is
+    ``group_timeout`` (the same by default) each collective; both are for an idle machine, and
+    longer on a busy one (`tests.harness.limits`). With ``initialise=False`` there is
     no process group; with ``tidy=False`` the task may leave threads behind. Raises `RanksFailed`
     with every rank's traceback when one raised, and with the stacks of the others when they then
     did not end within a few seconds.
     """
     task = _tasks(fn, args, world_size, group_timeout or timeout, initialise, tidy)
-    return values_or_raise(_run(task, world_size, timeout, grace=GRACE))
+    return values_or_raise(run_tasks(task, world_size, scaled(timeout), grace=scaled(GRACE)))
 
 
 def rank_outcomes(
@@ -72,7 +73,7 @@ def rank_outcomes(
 ) -> list[Outcome[T]]:
     """As `run_ranks`, for tasks that are to fail: each rank's value or error."""
     task = _tasks(fn, args, world_size, group_timeout or timeout, initialise, tidy)
-    return _run(task, world_size, timeout, grace=timeout)
+    return run_tasks(task, world_size, scaled(timeout), grace=scaled(timeout))
 
 
 def _tasks(
@@ -84,20 +85,32 @@ def _tasks(
     tidy: bool,
 ) -> Callable[[Path, int], Task]:
     call = pickle.dumps((fn, args))
+    patience = scaled(PATIENCE) if tidy else None
     return lambda folder, rank: Task(
-        rank, world_size, call, folder, group_timeout, initialise, tidy
+        rank, world_size, call, folder, scaled(group_timeout), initialise, patience
     )
 
 
-def _run(
-    task: Callable[[Path, int], Task], world_size: int, timeout: float, grace: float
+def run_tasks(
+    task: Callable[[Path, int], Task],
+    world_size: int,
+    timeout: float,
+    grace: float,
+    *,
+    daemon: bool = True,
 ) -> list[Outcome[Any]]:
+    """How ``task(folder, rank)`` ended on each rank.
+
+    ``timeout`` seconds bound the task, and as many again what follows it in the processes;
+    ``grace`` seconds after the first failure nobody is waited for. A ``daemon`` may have no
+    children of Python's multiprocessing. No process is left, however this ends.
+    """
     with (
         tempfile.TemporaryDirectory(prefix="ranks-") as folder,
         contextlib.ExitStack() as stack,
     ):
         tasks = [task(Path(folder), rank) for rank in range(world_size)]
-        ranks = [stack.enter_context(_process(each)) for each in tasks]
+        ranks = [stack.enter_context(_process(each, daemon)) for each in tasks]
         first = _collect(ranks, time.monotonic() + timeout, grace)
         for rank, outcome in zip(ranks, first, strict=True):
             if outcome.error is None:
@@ -140,7 +153,7 @@ class _Rank:
     def _stack(self) -> str:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid or 0, DUMP_SIGNAL)
-        text, deadline = "", time.monotonic() + 3
+        text, deadline = "", time.monotonic() + scaled(3.0)
         while time.monotonic() < deadline:  # until the dump has stopped growing
             time.sleep(0.1)
             grown = self.task.stack.read_text() if self.task.stack.exists() else ""
@@ -154,10 +167,10 @@ class _Rank:
 
 
 @contextlib.contextmanager
-def _process(task: Task) -> Iterator[_Rank]:
+def _process(task: Task, daemon: bool) -> Iterator[_Rank]:
     ours, theirs = _context.Pipe()
     lifeline, held = _context.Pipe(duplex=False)
-    process = _context.Process(target=work, args=(task, theirs, lifeline), daemon=True)
+    process = _context.Process(target=work, args=(task, theirs, lifeline), daemon=daemon)
     process.start()
     theirs.close()
     lifeline.close()

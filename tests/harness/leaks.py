@@ -22,7 +22,7 @@ def held() -> Counter[str]:
     return names
 
 
-def held_beyond(before: Counter[str], patience: float = 3.0) -> Counter[str]:
+def held_beyond(before: Counter[str], patience: float) -> Counter[str]:
     """What is held now and was not ``before``, once ``patience`` let it go."""
     deadline = time.monotonic() + patience
     while True:

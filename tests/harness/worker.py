@@ -5,6 +5,7 @@ import faulthandler
 import os
 import pickle
 import signal
+import sys
 import traceback
 from collections import Counter
 from dataclasses import dataclass
@@ -25,7 +26,11 @@ DUMP_SIGNAL = signal.SIGUSR1
 
 @dataclass(frozen=True)
 class Task:
-    """``call`` is the pickled ``(function, args)``; the ranks of a task share its ``folder``."""
+    """What one rank is to do.
+
+    ``call`` is the pickled ``(function, args)``; the ranks of a task share its ``folder``. What
+    the task leaves behind has ``patience`` seconds to go; without, it may stay.
+    """
 
     rank: int
     world_size: int
@@ -33,7 +38,7 @@ class Task:
     folder: Path
     group_timeout: float
     initialise: bool
-    tidy: bool
+    patience: float | None
 
     @property
     def output(self) -> Path:
@@ -58,13 +63,13 @@ def work(task: Task, pipe: Connection, lifeline: Connection) -> None:
         torch.set_num_threads(1)
         try:
             value, before = _call(task)
-            pipe.send_bytes(_packed(value, None))
+            _report(pipe, value, None)
             del value  # it may hold what holds a process group
             pipe.recv_bytes()
-            _tear_down(before if task.tidy else None)
-            pipe.send_bytes(_packed(None, None))
+            _tear_down(before, task.patience)
+            _report(pipe, None, None)
         except BaseException as error:
-            pipe.send_bytes(_packed(None, error))
+            _report(pipe, None, error)
             os._exit(1)
     os._exit(0)  # interpreter and static destructors are no part of any test
 
@@ -84,11 +89,17 @@ def _call(task: Task) -> tuple[Any, Counter[str]]:
     return function(*args), before
 
 
-def _tear_down(before: Counter[str] | None) -> None:
+def _tear_down(before: Counter[str], patience: float | None) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-    if before is not None and (extra := held_beyond(before)):
+    if patience is not None and (extra := held_beyond(before, patience)):
         raise ResourcesLeaked(f"left behind by the task: {dict(extra)}")
+
+
+def _report(pipe: Connection, value: Any, error: BaseException | None) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pipe.send_bytes(_packed(value, error))
 
 
 def _packed(value: Any, error: BaseException | None) -> bytes:

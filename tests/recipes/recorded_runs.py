@@ -61,10 +61,15 @@ def recorded(*, counted: bool = True, accuracy: float = 0.9, seconds: float = 10
 
 
 def result(
-    algorithm: str, tau: int | None, runs: Sequence[RecordedRun], *, non_iid: bool = False
+    algorithm: str,
+    tau: int | None,
+    runs: Sequence[RecordedRun],
+    *,
+    non_iid: bool = False,
+    lr: float | None = None,
 ) -> CellResult:
     """A cell with these runs."""
-    cell = Cell(parse_method(algorithm), tau, "major-class" if non_iid else "iid")
+    cell = Cell(parse_method(algorithm), tau, "major-class" if non_iid else "iid", lr)
     return CellResult(cell, tuple(runs))
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from benchmark.results import lines
 from network.sandbox import refusal
+from tests.harness import scaled
 
 BENCH = Path(__file__).parents[2] / "recipes" / "bench.py"
 
@@ -20,7 +21,7 @@ def test_quick_form_measures_every_contender(tmp_path: Path) -> None:
         [sys.executable, str(BENCH), "--quick", "--output-dir", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=390,
+        timeout=scaled(390),
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

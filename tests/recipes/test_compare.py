@@ -9,6 +9,8 @@ import pytest
 
 from common.launch import RECIPES
 from comparison.recorded import read_runs
+from tests.harness import scaled
+from tests.harness.script import ScriptFailed, run_script
 from tests.recipes.runs import OVERLAP, Run
 
 pytestmark = pytest.mark.slow
@@ -18,21 +20,27 @@ ALGORITHMS = ("ddp", "overlap-local-sgd:beta=0.5")
 PICTURES = {"loss-steps", "loss-seconds", "accuracy-megabytes", "exposed"}
 
 
-def compare(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(RECIPES / "compare.py"), "--output-dir", str(folder), *words]
-    return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=110, check=False
-    )
+TINY_GRID = ("--algorithms", *ALGORITHMS, "--tau", "4", "--seeds", "0")
+TINY_RUNS = ("--", *OVERLAP[:2], "--log-every", "1")
 
 
-def tiny_grid(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    axes = ("--algorithms", *ALGORITHMS, "--tau", "4", "--seeds", "0")
-    return compare(folder, *axes, *words, "--", *OVERLAP[:2], "--log-every", "1")
+def compare(folder: Path, *words: str) -> str:
+    """What it printed; in a fork, which need not import everything."""
+    words = ("--output-dir", str(folder), *words)
+    return run_script(RECIPES / "compare.py", words, 1, folder=folder, timeout=60)
 
 
 @pytest.mark.timeout(240)
 def test_a_tiny_grid(overlap_run: Run, tmp_path: Path) -> None:
-    done = tiny_grid(tmp_path, "--docs", str(tmp_path / "docs"))
+    options = ("--output-dir", str(tmp_path), "--docs", str(tmp_path / "docs"))
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / "compare.py"), *TINY_GRID, *options, *TINY_RUNS],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=scaled(110),
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "short"
     assert "short: 2 runs, 0 of them complete" in done.stdout
@@ -55,10 +63,9 @@ def test_a_tiny_grid(overlap_run: Run, tmp_path: Path) -> None:
 
     # Once more: nothing is left to run, and nothing is.
     (folder / "comparison.md").unlink()
-    again = tiny_grid(tmp_path)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "short: 2 runs, 2 of them complete" in again.stdout
-    assert "finished in" not in again.stdout
+    again = compare(tmp_path, *TINY_GRID, *TINY_RUNS)
+    assert "short: 2 runs, 2 of them complete" in again
+    assert "finished in" not in again
     assert (folder / "comparison.md").exists()
     assert len(read_runs(folder)) == 2
     assert {r["name"] for r in map(json.loads, (folder / "events.jsonl").open())} == {
@@ -68,10 +75,10 @@ def test_a_tiny_grid(overlap_run: Run, tmp_path: Path) -> None:
 
 
 def test_nothing_to_show_yet(tmp_path: Path) -> None:
-    done = compare(tmp_path, "--no-run")
-    assert done.returncode == 1
-    assert "short: 12 runs, 0 of them complete" in done.stdout
-    assert "no complete run" in done.stdout
+    with pytest.raises(ScriptFailed, match="status 1") as failure:
+        compare(tmp_path, "--no-run")
+    assert "short: 12 runs, 0 of them complete" in failure.value.printed
+    assert "no complete run" in failure.value.printed
 
 
 @pytest.mark.parametrize(
@@ -83,8 +90,7 @@ def test_nothing_to_show_yet(tmp_path: Path) -> None:
     ],
 )
 def test_a_refusal_is_one_line(words: list[str], reason: str, tmp_path: Path) -> None:
-    done = compare(tmp_path, *words)
-    assert done.returncode == 2
-    assert len(done.stdout.splitlines()) == 1
-    assert reason in done.stdout
-    assert "Traceback" not in done.stderr
+    with pytest.raises(ScriptFailed, match="status 2") as failure:
+        compare(tmp_path, *words)
+    assert len(failure.value.printed.splitlines()) == 1
+    assert reason in failure.value.printed

@@ -30,6 +30,7 @@ def test_an_algorithm_with_hyper_parameters() -> None:
         ("easgd:alpha", "write hyper-parameters as"),
         ("easgd:alpha=", "write hyper-parameters as"),
         ("easgd:tau=8", "use --tau"),
+        ("easgd:lr=0.1", "use --lr"),
     ],
 )
 def test_an_algorithm_that_cannot_be_read(text: str, reason: str) -> None:
@@ -56,6 +57,21 @@ def test_every_cell_is_there_once() -> None:
     ]
     # The first seed of everything comes before the second of anything.
     assert grid.runs() == [(cell, seed) for seed in (0, 1) for cell in grid.cells()]
+
+
+def test_a_learning_rate_is_an_axis_of_every_algorithm(tmp_path: Path) -> None:
+    grid = GRID.with_changes(algorithms=("ddp", "easgd"), seeds=(0,), lr=(0.05, 0.15))
+    ddp, easgd = Method("ddp"), Method("easgd")
+    assert grid.cells() == [
+        Cell(ddp, None, "iid", 0.05),
+        Cell(ddp, None, "iid", 0.15),
+        Cell(easgd, 8, "iid", 0.05),
+        Cell(easgd, 8, "iid", 0.15),
+    ]
+    planned = plan(grid, tmp_path)
+    assert [run.config["lr"] for run in planned] == [0.05, 0.15, 0.05, 0.15]
+    assert planned[-1].cell.label == "easgd tau=8 lr=0.15 iid"
+    assert planned[-1].identity.name == "easgd t8 lr0.15 s0 iid 2w"
 
 
 @pytest.mark.parametrize("axis", ["algorithms", "tau", "partitions", "seeds"])

@@ -119,3 +119,20 @@ def test_pictures_of_what_was_not_measured_are_left_out(tmp_path: Path) -> None:
     run.history = [{k: v for k, v in item.items() if "accuracy" not in k} for item in run.history]
     figures = draw([result("ddp", None, [run])], tmp_path)
     assert sorted(figures) == ["loss-seconds", "loss-steps"]
+
+
+def test_several_learning_rates_make_a_picture_for_each_tau(tmp_path: Path) -> None:
+    cells = [
+        result(algorithm, tau, [recorded(accuracy=accuracy)], lr=lr)
+        for algorithm, tau in (("ddp", None), ("easgd", 2), ("easgd", 8))
+        for lr, accuracy in ((0.05, 0.8), (0.15, 0.9))
+    ]
+    figures = draw(cells, tmp_path)
+    assert sorted(figures) == ["accuracy-lr-tau=2", "accuracy-lr-tau=8"]
+    for figure in figures.values():
+        (axes,) = figure.axes
+        assert axes.get_xlabel() == "learning rate"
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["0.05", "0.15"]
+        # Synchronised at every step or not, it was run at every rate.
+        curves = [line for line in axes.get_lines() if len(line.get_xdata()) == 2]  # type: ignore[arg-type]
+        assert [list(line.get_ydata()) for line in curves[:2]] == [[80.0, 90.0]] * 2  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from comparison.recorded import RecordedRun, matching, read_run, read_runs
+from tests.harness import scaled
 
 # What a recipe does with W&B, ended in four ways.
 SCRIPT = """
@@ -36,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recorded")
     started = [subprocess.Popen([sys.executable, "-c", SCRIPT, end, str(folder)]) for end in ENDS]
     for process in started:
-        process.wait(90)
+        process.wait(scaled(90))
     return folder
 
 

@@ -106,15 +106,46 @@ def test_a_language_model_is_judged_by_bits_per_byte() -> None:
 
 def test_the_terminal_shows_all_of_it() -> None:
     slow = recorded(seconds=1234.5)
-    console = Console(width=120)
-    cells = [*results(), result("bmuf:eta=0.75,nesterov=1", 128, [slow, recorded()])]
-    with console.capture() as captured:
-        for table in terminal_tables(cells, "a title"):
-            console.print(table)
-    shown = captured.get()
+    shown = printed([*results(), result("bmuf:eta=0.75,nesterov=1", 128, [slow, recorded()])])
     assert "…" not in shown
     for text in ("bmuf eta=0.75 nesterov=1", "92.0±2.8", "622.2±865.9", "not measured"):
         assert text in shown
+
+
+def test_figures_are_whole_however_long_a_name_is() -> None:
+    method = "overlap-local-sgd:alpha=0.65,beta=0.75,warmup-steps=1000,bucket-cap-mb=12.5"
+    slow = [recorded(seconds=1234.5), recorded(seconds=4321.5)]
+    shown = printed([result(method, 128, slow, lr=lr) for lr in (0.025, 0.05)])
+    assert "…" not in shown
+    # 1234.5 and 4321.5: their mean, and 3087 / sqrt(2).
+    for figure in ("90.0±0.0", "2,778.0±2182.8", "0.50±0.00", "0.025", "128"):
+        assert figure in shown
+    assert all(len(line.rstrip()) <= 120 for line in shown.splitlines())
+
+
+def test_learning_rates_stand_side_by_side() -> None:
+    cells = [
+        result(algorithm, tau, [recorded(accuracy=accuracy)], lr=lr)
+        for algorithm, tau, accuracies in (("ddp", None, (0.8, 0.9)), ("easgd", 8, (0.7, 0.85)))
+        for lr, accuracy in zip((0.05, 0.15), accuracies, strict=True)
+    ]
+    lines = page(cells).splitlines()
+    start = lines.index("**Test accuracy (%), iid**")
+    assert lines[start + 2] == "|  | lr=0.05 | lr=0.15 |"
+    assert lines[start + 4 : start + 6] == [
+        "| ddp | 80.0 | 90.0 |",
+        "| easgd tau=8 | 70.0 | 85.0 |",
+    ]
+    assert any(line.startswith("| easgd | 8 | 0.15 | 85.0 |") for line in lines)
+
+
+def printed(cells: list[CellResult]) -> str:
+    """What a terminal of 120 columns shows."""
+    console = Console(width=120)
+    with console.capture() as captured:
+        for table in terminal_tables(cells, "a title"):
+            console.print(table)
+    return captured.get()
 
 
 def page(cells: list[CellResult]) -> str:

@@ -15,6 +15,7 @@ from comparison.grid import Cell, Method
 from comparison.plan import Event, Plan, read_events, write_event, write_plan
 from comparison.progress import Board
 from comparison.recipe import PlannedRun
+from tests.harness import scaled
 
 # A recipe that trains nothing. Its rank 1 may fail while rank 0 would go on for long.
 RECIPE = """
@@ -75,7 +76,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
         (b, rank) for b in BEHAVIOURS for rank in ("0", "1")
     )
     assert len({pid for *_, pid in marks}) == 6
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + scaled(10)
     while any(psutil.pid_exists(int(pid)) for *_, pid in marks) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(psutil.pid_exists(int(pid)) for *_, pid in marks)

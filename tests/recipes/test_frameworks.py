@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 # transformers imports torchvision, which beside a CPU build of torch takes some help.
@@ -83,22 +82,3 @@ def test_lightning(tmp_path: Path) -> None:
         logits = model(windows[:, :-1]).transpose(1, 2)
         check(results, cross_entropy(logits, windows[:, 1:].long()).item())
     assert "Traceback" not in printed
-
-
-@pytest.mark.parametrize("framework", ["trainer", "lightning"])
-def test_a_save_while_training_holds_the_consensus_model(framework: str, tmp_path: Path) -> None:
-    """Both would write the first worker's own; the script asserts that it is another."""
-    if not find_spec({"trainer": "transformers"}.get(framework, framework)):
-        pytest.skip("needs the extra frameworks")
-    script = Path(__file__).with_name("saves_while_training.py")
-    launch(
-        script, [framework, str(tmp_path)], workers=2, capture=True, timeout=TIMEOUT, cwd=tmp_path
-    )
-    expected = torch.load(tmp_path / "consensus.pt")
-    if framework == "trainer":
-        saved = load_file(tmp_path / "saved" / "model.safetensors")
-    else:
-        saved = torch.load(tmp_path / "saved.ckpt", weights_only=False)["state_dict"]
-    assert saved
-    for name, value in saved.items():
-        assert torch.equal(value, expected[name]), name

@@ -17,14 +17,14 @@ SMALL = ("--layers", "1", "--width", "32", "--heads", "2", "--context", "32", "-
 MODEL_BYTES = gradient_bytes(ByteTransformer(context=32, width=32, heads=2, layers=1))
 
 
-def train_language(folder: Path, algorithm: str, *arguments: str) -> Run:
+def train_language(folder: Path, algorithm: str, *arguments: str, launcher: bool = False) -> Run:
     # Some kilobytes of prose and as many of code, so that testing takes no time.
     text = folder / "mixed.txt"
     whole = python_text()
     text.write_bytes(whole[:150_000] + whole[-150_000:])
     options = ("--text", str(text), "--sample", "40", *arguments)
     script = RECIPES / "language.py"
-    return train(folder, algorithm, *options, script=script, model=SMALL)
+    return train(folder, algorithm, *options, script=script, model=SMALL, launcher=launcher)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,7 @@ def overlap(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "overlap-local-sgd",
         *("--tau", "4", "--beta", "0.5", "--epochs", "2", "--max-steps", "240"),
         *("--eval-every", "60", "--log-every", "20", "--lr", "5e-3", "--wandb", "offline"),
+        launcher=True,
     )
 
 

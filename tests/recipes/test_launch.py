@@ -12,6 +12,7 @@ import pytest
 
 from common import launch as launching
 from common.launch import RECIPES, LaunchError, launch
+from tests.harness import scaled
 
 # Every worker leaves a file named after its process, then does as it is told.
 WORKER = """
@@ -51,7 +52,7 @@ def alive(pid: int) -> bool:
 
 def test_output_is_captured_and_threads_share_the_cores(script: Path, tmp_path: Path) -> None:
     printed = launch(
-        script, ["works", str(tmp_path)], workers=2, capture=True, timeout=60, cwd=tmp_path
+        script, ["works", str(tmp_path)], workers=2, capture=True, timeout=scaled(60), cwd=tmp_path
     )
     threads = max(1, (os.cpu_count() or 1) // 2)
     for rank in (0, 1):
@@ -60,21 +61,21 @@ def test_output_is_captured_and_threads_share_the_cores(script: Path, tmp_path: 
 
 def test_a_failure_is_told_with_its_output(script: Path, tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match=r"worker.py exited with status 1[\s\S]*no luck"):
-        launch(script, ["fails", str(tmp_path)], workers=2, capture=True, timeout=60)
+        launch(script, ["fails", str(tmp_path)], workers=2, capture=True, timeout=scaled(60))
 
 
 def test_what_a_worker_left_behind_is_ended(
     script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launching, "_GRACE", 0.5)
-    launch(script, ["orphans", str(tmp_path)], workers=2, capture=True, timeout=60)
+    launch(script, ["orphans", str(tmp_path)], workers=2, capture=True, timeout=scaled(60))
     assert len(started(tmp_path)) == 4
     assert not any(alive(pid) for pid in started(tmp_path))
 
 
 def test_time_is_up(script: Path, tmp_path: Path) -> None:
-    with pytest.raises(LaunchError, match="not done after 8"):
-        launch(script, ["sleeps", str(tmp_path)], workers=2, capture=True, timeout=8)
+    with pytest.raises(LaunchError, match="not done after"):
+        launch(script, ["sleeps", str(tmp_path)], workers=2, capture=True, timeout=scaled(5))
     assert not any(alive(pid) for pid in started(tmp_path))
 
 
@@ -95,11 +96,11 @@ def test_interrupted_or_terminated(
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + scaled(60)
         while len(started(tmp_path)) < 2 and time.monotonic() < deadline:
             time.sleep(0.1)
         parent.send_signal(number)
-        parent.wait(timeout=30)
+        parent.wait(timeout=scaled(30))
         assert len(started(tmp_path)) == 2
         assert not any(alive(pid) for pid in started(tmp_path))
         assert parent.returncode != 0

@@ -12,6 +12,7 @@ import pytest
 
 from network.launchers import Place, command_of, environment_of
 from network.sandbox import refusal
+from tests.harness import scaled
 
 LINK = Path(__file__).parents[2] / "recipes" / "link.py"
 PLACE = Place(rank=1, ranks=2, address="10.0.0.1", port=29500, interface="link0")
@@ -49,7 +50,7 @@ def link(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(LINK), *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=scaled(60),
         check=False,
     )
 
@@ -101,8 +102,8 @@ def test_nothing_survives_a_signal(number: signal.Signals) -> None:
     assert process.stdout.readline() == "started\n"
     process.send_signal(number)
     process.stdout.close()
-    assert process.wait(timeout=30) != 0
-    deadline = time.monotonic() + 10
+    assert process.wait(timeout=scaled(30)) != 0
+    deadline = time.monotonic() + scaled(10)
     while (left := _running(f"1{mark}")) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not left
@@ -121,7 +122,7 @@ def test_without_tools_it_runs_unshaped_and_says_so() -> None:
         [sys.executable, str(LINK), "--", "/bin/sh", "-c", "echo {address} {interface}"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=scaled(60),
         check=False,
         env={**os.environ, "PATH": "/nonexistent"},
     )

@@ -12,7 +12,7 @@ from common.algorithms import (
     AlgorithmOptions,
     build_state,
     hyper_parameters,
-    signature,
+    run_name,
 )
 from common.errors import RecipeError
 from common.options import read_command_line
@@ -75,13 +75,50 @@ def test_zero_is_a_value_and_is_refused_as_one() -> None:
         build_state(AlgorithmOptions("local-sgd", beta=0.0))
 
 
-def test_names_tell_runs_apart() -> None:
-    assert signature(AlgorithmOptions("ddp")) == "ddp"
-    assert signature(AlgorithmOptions("easgd")) == "easgd tau=8"
-    assert (
-        signature(AlgorithmOptions("bmuf", tau=2, nesterov=True, warmup_steps=9))
-        == "bmuf tau=2 zeta=1.0 nesterov=True warmup=9"
-    )
+def name(options: AlgorithmOptions, *, lr: float = 0.05, seed: int = 0) -> str:
+    return run_name(options, lr=lr, seed=seed, others=("major-class", "2w"))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (AlgorithmOptions("ddp"), "ddp lr0.05 s0 major-class 2w"),
+        (AlgorithmOptions("easgd"), "easgd t8 lr0.05 s0 major-class 2w"),
+        # A default that is said is a default.
+        (
+            AlgorithmOptions("overlap-local-sgd", tau=16, alpha=0.6, beta=0.7),
+            "overlap t16 lr0.05 s0 b0.7 major-class 2w",
+        ),
+        (
+            AlgorithmOptions("bmuf", tau=2, nesterov=True, warmup_steps=9),
+            "bmuf t2 lr0.05 s0 nesterov w9 major-class 2w",
+        ),
+        (
+            AlgorithmOptions("local-sgd", bucket_cap_mb=1.0),
+            "local t8 lr0.05 s0 major-class 2w",
+        ),
+    ],
+)
+def test_a_run_says_what_it_is(options: AlgorithmOptions, expected: str) -> None:
+    assert name(options) == expected
+
+
+def test_the_beginnings_of_names_tell_runs_apart() -> None:
+    """Lists of runs, such as that of `wandb leet`, show no more."""
+    overlap = AlgorithmOptions("overlap-local-sgd", tau=16, beta=0.7)
+    names = [
+        name(overlap),
+        name(overlap, lr=0.15),
+        name(overlap, seed=1),
+        name(replace(overlap, tau=160)),
+        name(replace(overlap, beta=0.75)),
+        name(replace(overlap, beta=None)),
+        name(replace(overlap, alpha=0.5)),
+        name(AlgorithmOptions("cocod-sgd", tau=16)),
+        name(AlgorithmOptions("bmuf", tau=16, eta=0.25)),
+        name(AlgorithmOptions("bmuf", tau=16, eta=0.25, zeta=1.25)),
+    ]
+    assert len({each[:30] for each in names}) == len(names)
 
 
 def test_the_command_line_is_flat(monkeypatch: pytest.MonkeyPatch) -> None:

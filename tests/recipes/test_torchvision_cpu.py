@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from common.launch import RECIPES
+from tests.harness import scaled
 
 
 def fails_alone() -> bool:
@@ -44,6 +45,6 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": str(RECIPES)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=scaled(60),
         check=False,
     )

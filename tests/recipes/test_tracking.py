@@ -24,10 +24,8 @@ def items(recorded: list[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
 
 def test_the_run_says_what_it_is(recorded: list[dict[str, Any]]) -> None:
     (run,) = [record["run"] for record in recorded if record["type"] == "run"]
-    assert run["display_name"] == (
-        "overlap-local-sgd tau=4 alpha=0.6 beta=0.5 iid workers=2 seed=0"
-    )
-    assert run["run_id"].startswith("overlap-local-sgd-tau-4-alpha-0.6-beta-0.5-iid-workers-2")
+    assert run["display_name"] == "overlap t4 lr0.05 s0 b0.5 iid 2w"
+    assert run["run_id"].startswith("overlap-t4-lr0.05-s0-b0.5-iid-2w-")
     assert run["project"] == "commhooks"
     assert run["run_group"] == "vision digits small-cnn"
     assert run["job_type"] == "train"

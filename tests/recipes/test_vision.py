@@ -1,15 +1,14 @@
 """recipes/vision.py through its command line, on two real processes."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from common.launch import RECIPES, LaunchError
+from common.launch import RECIPES
 from common.models import build_model
 from common.traffic import gradient_bytes
+from tests.harness.script import ScriptFailed, run_script
 from tests.recipes.cifar10_files import write_cifar10
 from tests.recipes.runs import OVERLAP, Run, train
 
@@ -131,20 +130,14 @@ def test_cocod_sgd_on_cifar10(tmp_path: Path) -> None:
 
 
 def test_a_refusal_is_one_line_from_one_worker(tmp_path: Path) -> None:
-    with pytest.raises(LaunchError) as failure:
+    with pytest.raises(ScriptFailed) as failure:
         train(tmp_path, "cocod-sgd", "--beta", "0.7")
-    assert str(failure.value).count("error: --beta: not an option of cocod-sgd") == 1
+    assert failure.value.printed.count("error: --beta: not an option of cocod-sgd") == 1
     assert not (tmp_path / "results.json").exists()
 
 
-def test_one_process_by_itself_is_refused() -> None:
+def test_one_process_by_itself_is_refused(tmp_path: Path) -> None:
     """What accelerate launch --cpu starts, whatever its --num_processes."""
-    alone = subprocess.run(
-        [sys.executable, str(RECIPES / "vision.py"), "--wandb", "disabled"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert alone.returncode == 2
-    assert "accelerate launch --multi_gpu --num_processes 2" in alone.stderr
+    with pytest.raises(ScriptFailed, match="status 2") as failure:
+        run_script(RECIPES / "vision.py", ["--wandb", "disabled"], 1, folder=tmp_path, timeout=60)
+    assert "accelerate launch --multi_gpu --num_processes 2" in failure.value.printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 
@@ -14,7 +15,9 @@ __all__ = [
     "accumulation_dtype",
     "catch_up_with_callbacks",
     "chunk_numel",
+    "finiteness",
     "keep_for_this_stream",
+    "squared_norm",
 ]
 
 # What a rule touches together should stay in a core's own cache from its first operation to its
@@ -39,6 +42,30 @@ def chunk_numel(device: torch.device) -> int | None:
     an operation. On a GPU launches cost more than memory does.
     """
     return _CPU_CHUNK_NUMEL if device.type == "cpu" else None
+
+
+def finiteness(x: Tensor) -> Tensor:
+    """A scalar that is finite if all of ``x`` is, and NaN or inf if not; it may be any number.
+
+    On a CPU the plain sum tells most of the time, in the one pass that reads memory anyway. Large
+    numbers may overflow it though each of them is finite.
+    """
+    if x.device.type == "cpu":
+        plain = x.sum()
+        return plain if math.isfinite(plain.item()) else (x * 0).sum()
+    smallest, largest = torch.aminmax(x)
+    probe: Tensor = smallest * 0 + largest * 0
+    return probe
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    """The sum of squares, a scalar: in the format of ``x`` on a CPU unless that overflows."""
+    if x.device.type == "cpu":
+        plain = torch.dot(x, x)
+        if math.isfinite(plain.item()):
+            return plain
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return norm.square()
 
 
 class Moment:

@@ -1,7 +1,8 @@
-"""The library's own process group: the only file of the engine that starts a collective."""
+"""The library's own process groups: the only file of the engine that starts a collective."""
 
 from __future__ import annotations
 
+import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +12,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
-from commhooks.engine.exit_guard import closed_at_exit, landing
+from commhooks.engine.guards.process_exit import closed_at_exit, landing
+from commhooks.engine.network.agreement import tell
 
-__all__ = ["Communicator", "done"]
+__all__ = ["Communicator", "done", "open_communicator"]
 
 T = TypeVar("T")
 
@@ -26,12 +29,28 @@ def done(value: T) -> torch.futures.Future[T]:
     return future
 
 
+def open_communicator(parent: dist.ProcessGroup, owner: object) -> Communicator:
+    """A private copy of ``parent`` for ``owner``: one that nobody needs any more, or a new one.
+
+    A group costs threads and open files until ``destroy_process_group``, and a sweep registers
+    hundreds of states in one process. Collective over the parent's ranks alone.
+    """
+    kept = _kept.setdefault(parent, [])
+    free = next((each for each in kept if each.free), None)
+    offers = tell(parent, (free.name if free else None, f"commhooks-{uuid.uuid4().hex}"))
+    # A rank whose garbage collector came later may not have the same one free yet.
+    if free is None or len({offered for offered, _ in offers}) > 1:
+        free = Communicator(parent, name=offers[0][1])
+        kept.append(free)
+    free.owner = weakref.ref(owner)
+    return free
+
+
 class Communicator:
     """Collectives over a private copy of a process group.
 
     A group of its own keeps the library's background traffic from reordering or delaying the
-    user's collectives, and can be ended with the process, see
-    :mod:`commhooks.engine.exit_guard`. Making it is collective over the parent's ranks alone.
+    user's collectives, and can be ended with the process (:mod:`commhooks.engine.guards`).
 
     Groups are kept alive by torch alone, until ``destroy_process_group``. The backend's threads
     hold callbacks, and through them this object, for a moment longer than anybody waits for; were a
@@ -40,31 +59,36 @@ class Communicator:
 
     Args:
         parent: the group whose ranks take part.
+        name: of the new group, the same on every rank and used once.
 
     Attributes:
         size: number of ranks m.
         rank: this rank's number in the group.
         ranks: global numbers of the group's ranks.
+        idle: whether nothing is in flight, so that another state can take the group over.
+        owner: whose it is; another can have it once the owner is gone.
     """
 
-    def __init__(self, parent: dist.ProcessGroup) -> None:
+    def __init__(self, parent: dist.ProcessGroup, name: str) -> None:
         self._parent = weakref.ref(parent)
+        self.name = name
         self.ranks = dist.get_process_group_ranks(parent)
         self.size = len(self.ranks)
         self.rank = dist.get_rank(parent)
+        self.idle = True
+        self.owner: Callable[[], object | None] = lambda: None
         self._backend = _backend(parent)
         self._own: weakref.ref[dist.ProcessGroup] | None = None
         if self.size > 1:
-            # Members alone call this, so that DDP over a subgroup works as well.
-            own = dist.new_group(
-                self.ranks,
-                timeout=_timeout(parent),
-                backend=self._backend,
-                use_local_synchronization=True,
-                group_desc="commhooks",
-            )
+            own = _named_group(self.ranks, self.rank, self._backend, _timeout(parent), name)
             self._own = weakref.ref(own)
             closed_at_exit.add(self)
+
+    @property
+    def free(self) -> bool:
+        """Whether its owner is gone and has left nothing behind."""
+        alive = self._own is None or self._own() is not None
+        return self.idle and alive and self.owner() is None
 
     @property
     def parent(self) -> dist.ProcessGroup:
@@ -85,30 +109,72 @@ class Communicator:
         if self._own is None:
             return done([tensor])
         work = dist.all_reduce(tensor, group=_alive(self._own), async_op=True)
+        return self._future(work, tensor)
+
+    def broadcast(self, tensor: Tensor) -> torch.futures.Future[Any]:
+        """Start overwriting ``tensor`` with the first rank's."""
+        if self._own is None:
+            return done([tensor])
+        with _unrecorded():
+            work = dist.broadcast(tensor, group=_alive(self._own), group_src=0, async_op=True)
+        return self._future(work, tensor)
+
+    def _future(self, work: dist.Work, tensor: Tensor) -> torch.futures.Future[Any]:
         future: torch.futures.Future[Any] = work.get_future()
-        if tensor.device.type == "cuda" and self._stages_on_host:
+        # gloo copies CUDA tensors to the host and back.
+        if tensor.device.type == "cuda" and "gloo" in (self._backend, self._cuda_backend):
             return future.then(landing(_copied_back(work)))
         return future
 
     @property
-    def _stages_on_host(self) -> bool:
-        """Whether the backend copies CUDA tensors to the host and back, as gloo does."""
-        return self._backend == "gloo" or "cuda:gloo" in self._backend
-
-    def from_first(self, value: T) -> T:
-        """The first rank's ``value``, on every rank. Collective; blocks."""
-        if self.size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, group=self.parent, group_src=0)
-        return values[0]
+    def _cuda_backend(self) -> str:
+        return "gloo" if "cuda:gloo" in self._backend else ""
 
     def close(self) -> None:
-        """End the group's threads, at the end of the process; nothing may be in flight."""
+        """End the group and its threads; nothing may be in flight, on any rank."""
         group = self._own() if self._own is not None else None
-        # NCCL's threads run no Python, and ending its groups takes all ranks.
-        if group is not None and self._backend == "gloo" and dist.is_initialized():
+        if group is not None and dist.is_initialized():
             dist.destroy_process_group(group)
+        self._own = None
+        kept = _kept.get(self._parent()) if self._parent() is not None else None  # type: ignore[arg-type]
+        if kept is not None and self in kept:
+            kept.remove(self)
+
+    def close_at_exit(self) -> None:
+        """End what would outlive the interpreter."""
+        # NCCL's threads run no Python, and ending its groups takes all ranks.
+        if self._backend == "gloo":
+            self.close()
+
+
+# torch keeps the groups; these are kept to be used again.
+_kept: weakref.WeakKeyDictionary[dist.ProcessGroup, list[Communicator]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _named_group(
+    ranks: list[int], rank: int, backend: str, timeout: timedelta | None, name: str
+) -> dist.ProcessGroup:
+    """As ``dist.new_group`` over ``ranks`` alone, under a name that they have agreed on.
+
+    ``new_group(use_local_synchronization=True)`` names a group by how many groups the process
+    belongs to. Where that differs between the ranks (a pipeline's embedding group, say), they look
+    for one another under different names and wait until they time out.
+    """
+    group, _ = distributed_c10d._new_process_group_helper(
+        len(ranks),
+        rank,
+        ranks,
+        backend,
+        distributed_c10d._get_default_store(),
+        distributed_c10d.GroupName(name),
+        timeout=timeout or distributed_c10d._get_default_timeout(dist.Backend(backend)),
+        group_desc="commhooks",
+    )
+    own: dist.ProcessGroup = group
+    distributed_c10d._world.pg_group_ranks[own] = {each: n for n, each in enumerate(ranks)}
+    return own
 
 
 def _copied_back(work: dist.Work) -> Callable[[torch.futures.Future[Any]], Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NoReturn
 
+import torch
 from torch.autograd import Variable
 
 __all__ = ["raise_after_backward"]
@@ -16,11 +17,16 @@ def raise_after_backward(error: Exception) -> None:
     Called in the hook of the last bucket. An error raised there would leave DDP in the middle of
     its reduction, and its next forward would refuse to run. DDP queues what ends the reduction
     right after this hook, so only a callback queued by a callback comes later.
+
+    Outside a backward, where torch's Join calls the hook on a rank that is out of batches, it is
+    raised at once.
     """
 
     def fail() -> NoReturn:
         raise error
 
+    if torch._C._current_graph_task_id() == -1:
+        fail()
     _queue(lambda: _queue(fail))
 
 

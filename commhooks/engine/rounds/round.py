@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from commhooks.engine.communicator import Communicator
-from commhooks.engine.devices import Moment, catch_up_with_callbacks, keep_for_this_stream
-from commhooks.engine.exit_guard import landing
-from commhooks.engine.layout import Bucket
-from commhooks.engine.rules import Rules
-from commhooks.engine.ticket import Ticket
+from commhooks.engine.guards.process_exit import landing
+from commhooks.engine.network.agreement import reasons
+from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.network.ticket import Point, Ticket
+from commhooks.engine.rules import Kept, Rules
+from commhooks.engine.vectors.buckets import Bucket
+from commhooks.engine.vectors.devices import Moment, catch_up_with_callbacks, keep_for_this_stream
 
 __all__ = ["Round"]
 
@@ -26,24 +27,29 @@ class Round:
         launched, arrived: when the first all-reduce was started and the last chain had run.
 
     Args:
-        number: the round's number, from 1.
+        point: what the ranks must agree on; its number is the round's.
         buckets: the model, with the vectors filled by ``contribute``.
         communicator: where the all-reduces go.
         rules: what is chained to them.
+        kept: what the rules' ``arrive`` is called with, after the last one; None for no call.
         probes: scalars that are NaN or inf if this rank's parameters are.
+        refusal: why this rank cannot take part; it then sends its ticket alone.
     """
 
     def __init__(
         self,
-        number: int,
+        point: Point,
         buckets: Sequence[Bucket],
         communicator: Communicator,
         rules: Rules,
-        probes: list[Tensor],
+        kept: Kept | None,
+        probes: Sequence[Tensor],
+        refusal: str | None = None,
     ) -> None:
-        self.number = number
-        self._size = communicator.size
+        self.number = point.number
+        self._communicator = communicator
         self._rules = rules
+        self._refusal = refusal
         self._failures: list[str] = []
         self._futures: list[torch.futures.Future[Tensor]] = []
         self._device = device = buckets[0].device
@@ -52,11 +58,14 @@ class Round:
         try:
             with record_function("commhooks::launch"):
                 self._ticket = Ticket(
-                    communicator, device, consensus=False, number=number, probes=probes
+                    communicator, device, point, probes=probes, refused=refusal is not None
                 )
-                for bucket in buckets:
+                for bucket in buckets if refusal is None else ():
                     reduced = communicator.all_reduce(bucket.vectors["wire"])
                     self._futures.append(reduced.then(landing(self._chained_to(bucket))))
+                if kept is not None and self._futures:
+                    together = torch.futures.collect_all(self._futures)
+                    self._futures.append(together.then(landing(self._arrival_of(kept))))
         except RuntimeError as error:
             # Raised by `wait`, like every other failure, before anything is mixed.
             self._failures.append(str(error))
@@ -70,7 +79,7 @@ class Round:
         """Wait for every bucket; the cause of the failure, if the round has failed."""
         with record_function("commhooks::wait"):
             try:
-                refusal = self._ticket.wait() if self._ticket is not None else None
+                refusal = self._verdict()
             except Exception as error:  # noqa: BLE001 - a backend may raise anything
                 refusal = str(error)
             if refusal is not None:
@@ -85,6 +94,29 @@ class Round:
             catch_up_with_callbacks(self._device)
         return self._failures[0] if self._failures else None
 
+    def _verdict(self) -> str | None:
+        if self._ticket is None:
+            return None
+        verdict = self._ticket.wait()
+        if verdict.problem is None and verdict.refused:
+            return reasons(self._communicator.parent, self._refusal)
+        return verdict.problem
+
+    def _arrival_of(self, kept: Kept) -> Callable[[torch.futures.Future[Any]], Tensor]:
+        def arrive(together: torch.futures.Future[Any]) -> Tensor:
+            """Runs on the backend's thread when the last chained update has ended."""
+            try:
+                values: list[Tensor] = [each.value() for each in together.value()]
+                with record_function("commhooks::arrive"):
+                    self._rules.arrive(kept)
+            except Exception as error:
+                self._failures.append(str(error))
+                raise
+            self.arrived = Moment(self._device)
+            return values[0]
+
+        return arrive
+
     def _chained_to(self, bucket: Bucket) -> Callable[[torch.futures.Future[Any]], Tensor]:
         def chain(reduced: torch.futures.Future[Any]) -> Tensor:
             """Runs on the backend's thread when the all-reduce ends."""
@@ -93,8 +125,6 @@ class Round:
                 reduced.value()
                 with record_function("commhooks::chain"):
                     for vectors in bucket.slices:
-                        if self._size > 1:
-                            vectors["wire"].mul_(1.0 / self._size)
                         self._rules.chain(**vectors)
             except Exception as error:
                 # The future would wrap this in C++ stack frames; `wait` reports the plain text.

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from commhooks.engine.chunks import Chunk, Gathered, Scratch, cut, is_dense, real
-from commhooks.engine.devices import accumulation_dtype, chunk_numel
+from commhooks.engine.vectors.chunks import Chunk, Gathered, Scratch, cut, is_dense, real
+from commhooks.engine.vectors.devices import accumulation_dtype, chunk_numel
 from commhooks.errors import RegistrationError
 
 __all__ = ["Bucket", "build_buckets"]
@@ -26,7 +26,7 @@ class Bucket:
 
     Attributes:
         numel: length of the bucket's flat vectors.
-        dtype: their format, see :func:`commhooks.engine.devices.accumulation_dtype`.
+        dtype: their format, see :func:`commhooks.engine.vectors.devices.accumulation_dtype`.
         device: where they are.
         vectors: flat vectors of length ``numel`` by name, once :meth:`allocate` has made them.
         slices: the same, cut into chunks.
@@ -78,11 +78,19 @@ class Bucket:
         for chunk in self._chunks:
             torch._foreach_copy_(chunk.views(flat[chunk.start : chunk.stop]), chunk.pieces)
 
-    def scatter(self, flat: Tensor) -> None:
-        """Copy ``flat``, of length :attr:`numel`, into the tensors."""
-        self.refresh()
-        for chunk in self._chunks:
-            torch._foreach_copy_(chunk.pieces, chunk.views(flat[chunk.start : chunk.stop]))
+    def swap(self, flat: Tensor) -> None:
+        """Exchange the tensors' numbers with those in ``flat``, of length :attr:`numel`.
+
+        No memory is asked for, and nothing is lost of tensors of a smaller format.
+        """
+        begin = 0
+        for chunk in self.gathered():
+            other = flat[begin : begin + len(chunk.x)]
+            begin += len(chunk.x)
+            chunk.spare.copy_(chunk.x)
+            chunk.x.copy_(other)
+            chunk.write_back()
+            other.copy_(chunk.spare)
 
     def parts(self, flat: Tensor) -> list[Tensor]:
         """Views of the parts of ``flat``, one a tensor, in the tensors' own shapes.

@@ -7,6 +7,7 @@ even after its last callback has returned, when it lets go of the callback itsel
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import weakref
 from collections.abc import Callable
@@ -22,11 +23,11 @@ _PATIENCE_S = 10.0
 
 
 class _Closable(Protocol):
-    def close(self) -> None: ...
+    def close_at_exit(self) -> None: ...
 
 
 closed_at_exit: weakref.WeakSet[_Closable] = weakref.WeakSet()
-"""What has threads of its own, which ``close`` joins."""
+"""What has threads of its own, which ``close_at_exit`` joins."""
 
 # One event for every callback that a thread of the backend has still to run.
 _airborne: set[threading.Event] = set()
@@ -52,4 +53,13 @@ def _leave() -> None:
     # Joining a thread that waits for a dead peer would take as long as the group's timeout.
     if all(landed.wait(_PATIENCE_S) for landed in tuple(_airborne)):
         for closable in tuple(closed_at_exit):
-            closable.close()
+            closable.close_at_exit()
+
+
+def _forget() -> None:
+    """A forked child has none of its parent's threads, so nothing lands in it."""
+    _airborne.clear()
+    closed_at_exit.clear()
+
+
+os.register_at_fork(after_in_child=_forget)

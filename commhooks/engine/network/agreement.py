@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from commhooks.errors import RegistrationError
 
-__all__ = ["agree"]
+__all__ = ["agree", "reasons", "tell"]
+
+T = TypeVar("T")
 
 # Differences named in an error; a model with another width has hundreds.
 _SHOWN = 5
+
+
+def tell(group: dist.ProcessGroup, mine: T) -> list[T]:
+    """Every rank's value, in the order of the group. Collective; blocks."""
+    everyone = [mine] * dist.get_world_size(group)
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def reasons(group: dist.ProcessGroup, mine: str | None) -> str:
+    """Why some ranks cannot go on, rank by rank. Collective; blocks."""
+    everyone = zip(dist.get_process_group_ranks(group), tell(group, mine), strict=True)
+    return "; ".join(f"rank {rank}: {why}" for rank, why in everyone if why)
 
 
 def agree(
@@ -27,10 +44,7 @@ def agree(
     Raises:
         RegistrationError: on every rank, if a rank refuses or two ranks differ.
     """
-    mine = (refusal, {name: repr(value) for name, value in facts.items()})
-    everyone: list[tuple[str | None, dict[str, str]]] = [mine] * dist.get_world_size(group)
-    if len(everyone) > 1:
-        dist.all_gather_object(everyone, mine, group=group)
+    everyone = tell(group, (refusal, {name: repr(value) for name, value in facts.items()}))
     ranks = dist.get_process_group_ranks(group)
     if refusal is not None:
         raise RegistrationError(refusal)

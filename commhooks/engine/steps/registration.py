@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from commhooks.engine.watcher import owns
+from commhooks.engine.steps.kept_weights import check_optimizer
+from commhooks.engine.steps.optimizers import owned, unwrapped
 from commhooks.errors import RegistrationError
 
 __all__ = [
@@ -37,8 +38,15 @@ def require_process_group() -> None:
         )
 
 
-def check_model(ddp: DistributedDataParallel | None, given: type) -> DistributedDataParallel:
+def check_model(
+    ddp: DistributedDataParallel | None, given: type, *, hooked: bool = False
+) -> DistributedDataParallel:
     """The DDP model that was found in what was given.
+
+    Args:
+        ddp: the model, if there is one.
+        given: the type of what was given.
+        hooked: whether it should have a communication hook already.
 
     Raises:
         RegistrationError: there is none, it has a hook already, or it makes sparse gradients.
@@ -46,10 +54,12 @@ def check_model(ddp: DistributedDataParallel | None, given: type) -> Distributed
     if ddp is None:
         raise RegistrationError(
             f"model must be a torch.nn.parallel.DistributedDataParallel, got "
-            f"{given.__name__}; wrap the model in DistributedDataParallel (or take what "
-            "accelerator.prepare returns, on more than one process) and register that."
+            f"{given.__name__}; wrap the model in DistributedDataParallel, or take what "
+            "accelerator.prepare returns, on more than one process, and register that. (On a "
+            "machine without GPUs Accelerate makes one only if the script says "
+            "Accelerator(cpu=True).)"
         )
-    if getattr(ddp, "_comm_hooks", None):
+    if getattr(ddp, "_comm_hooks", None) and not hooked:
         raise RegistrationError(
             "This DDP model has a communication hook already, and DDP takes one for life; wrap "
             "the module in a new DistributedDataParallel and register there, once."
@@ -76,13 +86,15 @@ def check_optimizers(optimizers: Sequence[object], parameters: Sequence[Tensor])
             "No optimizer was given; pass those that update the model: "
             "state.register(ddp_model, optimizer)."
         )
-    unwrapped = []
+    found = []
+    ids = {id(parameter): parameter for parameter in parameters}
     for wrapped in optimizers:
-        optimizer = getattr(wrapped, "optimizer", wrapped)
+        optimizer = unwrapped(wrapped)
         if not isinstance(optimizer, Optimizer):
             raise RegistrationError(
                 f"Expected a torch.optim.Optimizer, got {type(wrapped).__name__}; the form is "
-                "state.register(ddp_model, optimizer, scaler=scaler)."
+                "state.register(ddp_model, optimizer, scaler=scaler), with the optimizer that a "
+                "wrapper of your own wraps."
             )
         # Optimizer.__init__ makes them; some wrappers inherit without calling it.
         if not hasattr(optimizer, "_optimizer_step_post_hooks"):
@@ -90,13 +102,14 @@ def check_optimizers(optimizers: Sequence[object], parameters: Sequence[Tensor])
                 f"{type(optimizer).__name__} never called torch.optim.Optimizer.__init__, so it "
                 "fires no hooks; pass the optimizer it wraps."
             )
-        if not owns(optimizer, parameters):
+        check_optimizer(optimizer)
+        if not owned(optimizer, ids):
             raise RegistrationError(
                 f"The {type(optimizer).__name__} owns none of the model's parameters that "
                 "require gradients; build it from ddp_model.parameters()."
             )
-        unwrapped.append(optimizer)
-    return unwrapped
+        found.append(optimizer)
+    return found
 
 
 def check_scaler(scaler: object, optimizers: Sequence[object]) -> torch.amp.GradScaler | None:

@@ -1,0 +1,1 @@
+"""Guards around process exit, Ctrl-C and refused backwards."""

@@ -1,0 +1,1 @@
+"""What travels between the ranks. Nothing else in the package starts a collective."""

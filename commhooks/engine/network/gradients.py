@@ -1,0 +1,127 @@
+"""Gradients averaged bucket by bucket, as plain DDP does: warm-up, the control, after disable()."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from commhooks.engine.guards.process_exit import landing
+from commhooks.engine.meter import Meter
+from commhooks.engine.network.communicator import Communicator, done
+from commhooks.engine.network.ticket import Point, Ticket
+from commhooks.engine.vectors.devices import Moment
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import GradBucket
+
+__all__ = ["GradientAverager"]
+
+
+class GradientAverager:
+    """Averages DDP's gradient buckets and accounts for the time it takes.
+
+    A step's communication is in flight from its first bucket's launch to its last one's arrival.
+    What lies before the end of the backward is hidden under it; for the rest DDP waits.
+
+    Args:
+        tickets: where a backward tells the ranks that it is one; rounds go there too, so that a
+            rank that runs something else is found out.
+        communicator: where gradients go, which must not meet anything else.
+        meter: where bytes and seconds are counted.
+    """
+
+    def __init__(self, tickets: Communicator, communicator: Communicator, meter: Meter) -> None:
+        self._tickets = tickets
+        self.communicator = communicator
+        self._meter = meter
+        self._ticket: Ticket | None = None
+        self._promises: list[_Promise] = []
+        self._first_launch: Moment | None = None
+        self._backward_end: Moment | None = None
+        self._last_arrival: Moment | None = None
+
+    def begin(self, device: torch.device, point: Point) -> None:
+        """The first bucket of a backward is ready."""
+        self.settle()
+        self._promises = []
+        self._first_launch = Moment(device)
+        self._ticket = Ticket(self._tickets, device, point)
+
+    def average(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        """Start averaging a bucket's flat gradient in place."""
+        gradient = bucket.buffer()
+        if self.communicator.size == 1:
+            return done(gradient)
+        # Divided before the sum, as DDP's own reducer does, so that the bits are the same.
+        gradient.mul_(1.0 / self.communicator.size)
+        self._meter.bytes_reduced += gradient.numel() * gradient.element_size()
+        reduced = self.communicator.all_reduce_gradients(gradient)
+        arrived = reduced.then(landing(self._arrived))
+        if gradient.is_cuda:
+            # Only the backend's own future carries the stream that DDP has to wait for.
+            return arrived
+        promise = _Promise(gradient)
+        self._promises.append(promise)
+        arrived.then(landing(promise.keep))
+        return promise.future
+
+    def end(self, device: torch.device) -> None:
+        """The last bucket has been given to :meth:`average`.
+
+        Raises:
+            RuntimeError: the ranks are not at the same point, or a rank is gone.
+        """
+        assert self._ticket is not None
+        problem = self._ticket.wait().problem
+        if problem is not None:
+            raise RuntimeError(problem)
+        self._backward_end = Moment(device)
+
+    def give_up(self) -> None:
+        """Let DDP have the local gradients of a backward whose all-reduces may never end."""
+        for promise in self._promises:
+            promise.break_()
+
+    def close(self) -> None:
+        """Give back the group of the gradients."""
+        self.communicator.close()
+
+    def settle(self) -> None:
+        """Account for the last step's communication, once it is over."""
+        launched, ended, arrived = self._first_launch, self._backward_end, self._last_arrival
+        if launched and ended and arrived:
+            self._meter.communication(launched, arrived, ended, arrived)
+        self._last_arrival = self._backward_end = None
+
+    def _arrived(self, future: torch.futures.Future[Any]) -> Tensor:
+        gradient: Tensor = future.value()[0]
+        self._last_arrival = Moment(gradient.device)
+        return gradient
+
+
+class _Promise:
+    """A future for DDP that ends with the all-reduce, or when that is given up."""
+
+    def __init__(self, gradient: Tensor) -> None:
+        self.future: torch.futures.Future[Tensor] = torch.futures.Future()
+        self._gradient = gradient
+
+    def keep(self, reduced: torch.futures.Future[Tensor]) -> None:
+        """Runs on the backend's thread."""
+        try:
+            reduced.value()
+        except Exception as error:  # noqa: BLE001 - a backend may raise anything
+            if not self.future.done():
+                self.future.set_exception(error)  # type: ignore[arg-type] # torch says T
+            return
+        self.break_()
+
+    def break_(self) -> None:
+        """End with whatever the gradient is now."""
+        if not self.future.done():
+            # The other thread may do the same at the same moment.
+            with contextlib.suppress(RuntimeError):
+                self.future.set_result(self._gradient)

@@ -1,0 +1,131 @@
+"""Before ranks trust a result: are they all at the same point, with finite numbers?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commhooks.engine.guards.process_exit import landing
+from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.vectors.devices import HostCopy
+
+__all__ = ["Point", "Ticket", "Verdict", "total"]
+
+_CALLS = ("averaged()", "finish()", "disable()", "close()")
+_KINDS = ("the gradients of a backward", "a round", *_CALLS)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where in its run a rank is when it sends something.
+
+    Attributes:
+        what: a member of ``_KINDS``.
+        step: steps made so far.
+        number: rounds launched so far.
+    """
+
+    what: str
+    step: int
+    number: int
+
+    def __str__(self) -> str:
+        number = f" {self.number}" if self.what == "a round" else ""
+        return f"{self.what.removeprefix('a ')}{number} after step {self.step}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the ranks' tickets say, the same on every rank.
+
+    Attributes:
+        problem: what forbids to use the payload, if anything.
+        refused: whether some rank has a reason of its own, which it has to tell the others.
+        alike: whether all ranks describe what they bring with the same digest.
+    """
+
+    problem: str | None
+    refused: bool
+    alike: bool
+
+
+class Ticket:
+    """A row of numbers from every rank, sent along with whatever it vouches for.
+
+    It always has the same size, so it meets its counterpart even where one rank runs a round and
+    another finishes, whose payloads would pair up wrongly or not at all.
+
+    Args:
+        communicator: where it is sent.
+        device: where the payload lies.
+        point: what this rank is about to do.
+        probes: scalars that are NaN or inf if the rank's parameters are.
+        refused: whether this rank has a reason not to take part.
+        digest: a number below 2^53 that stands for what else the ranks must have in common.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        device: torch.device,
+        point: Point,
+        *,
+        probes: Sequence[Tensor] = (),
+        refused: bool = False,
+        digest: int = 0,
+    ) -> None:
+        self._ranks = communicator.ranks
+        mine = (_KINDS.index(point.what), point.step, point.number, digest, refused, 0)
+        # One column a rank and zeros in the others', so that the sum is everybody's row.
+        self._slots = torch.zeros(len(mine), communicator.size, dtype=torch.float64, device=device)
+        self._slots[:, communicator.rank] = torch.tensor(mine, dtype=torch.float64)
+        if probes:
+            finite = torch.isfinite(total(probes, device))
+            self._slots[-1, communicator.rank] = (~finite).double()
+        self._copy: HostCopy | None = None
+        self._future = communicator.all_reduce(self._slots).then(landing(self._fetch))
+
+    def _fetch(self, reduced: torch.futures.Future[Any]) -> Tensor:
+        """Runs when the all-reduce ends, on its own stream where there are streams."""
+        reduced.value()
+        self._copy = HostCopy(self._slots)
+        return self._slots
+
+    def wait(self) -> Verdict:
+        """What the ranks say.
+
+        Raises:
+            RuntimeError: the ticket itself did not get through.
+        """
+        self._future.wait()
+        assert self._copy is not None
+        kinds, steps, numbers, digests, refused, broken = self._copy.read().tolist()
+        points = [
+            Point(_KINDS[int(kind)], int(step), int(number))
+            for kind, step, number in zip(kinds, steps, numbers, strict=True)
+        ]
+        problem = None
+        if len(set(points)) > 1:
+            where = ", ".join(f"rank {r} at {p}" for r, p in zip(self._ranks, points, strict=True))
+            problem = (
+                f"the ranks are not at the same point: {where}. Every rank must take the same "
+                "number of steps and call averaged(), finish(), disable() and close() at the same "
+                "ones; for uneven inputs use torch.distributed.algorithms.Join([state, ddp_model])."
+            )
+        elif any(broken):
+            ranks = [r for r, bad in zip(self._ranks, broken, strict=True) if bad]
+            problem = f"the parameters of rank(s) {ranks} hold NaN or inf."
+        return Verdict(problem, any(refused), len(set(digests)) == 1)
+
+
+def total(probes: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The sum of scalars of any format, anywhere, in fp64 on ``device``, in few operations."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for probe in probes:
+        kinds.setdefault((probe.device, probe.dtype), []).append(probe)
+    sums = [torch.stack(same).sum(dtype=torch.float64).to(device) for same in kinds.values()]
+    return torch.stack(sums).sum()

@@ -1,0 +1,1 @@
+"""When rounds happen: schedules, what is in flight, and the consensus model."""

@@ -1,0 +1,1 @@
+"""Where steps come from: the model, its optimizers, a GradScaler, Join."""

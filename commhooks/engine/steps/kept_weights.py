@@ -1,0 +1,100 @@
+"""Optimizers that keep weights of their own, from which every step would undo the averages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from commhooks.errors import RegistrationError
+
+__all__ = ["check_optimizer", "check_weights"]
+
+_ADVICE = "Use a plain optimizer inside, such as torch.optim.AdamW, on the model's own parameters."
+
+# How deep lists and dictionaries are looked through for copies of the weights.
+_DEPTH = 5
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse what is known to work on other tensors than the model's parameters.
+
+    Raises:
+        RegistrationError: the optimizer shards its work over the ranks, or swaps weights.
+    """
+    name = type(optimizer).__name__
+    if "lookahead" in name.lower():
+        raise RegistrationError(
+            f"{name} keeps slow weights and writes the parameters from them every few steps, so "
+            f"that an average would be undone. {_ADVICE} BMUF does to the mean of the "
+            "models what Lookahead does to one."
+        )
+    if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
+        raise RegistrationError(
+            f"{name} lets every rank update a part of the model from gradients that are averaged "
+            "at every step. With local gradients each part would be trained on one rank's data "
+            "alone. Give every rank the whole optimizer."
+        )
+    if all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval")):
+        raise RegistrationError(
+            f"{name} has modes train() and eval(), between which it swaps the weights for others "
+            f"that it keeps (as Schedule-Free does); an average would be undone. {_ADVICE}"
+        )
+
+
+def check_weights(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+    """Refuse an optimizer that holds copies of the weights right now.
+
+    fp32 masters of half-precision parameters, Lookahead's slow weights: the next step writes from
+    them, whatever the parameters have become meanwhile. torch's own optimizers are known to keep
+    none that they write from (ASGD keeps an average that it never uses).
+
+    Raises:
+        RegistrationError: for each of its parameters it holds another tensor of the same values.
+    """
+    if type(optimizer).__module__.partition(".")[0] == "torch":
+        return
+    held = {id(tensor): tensor for tensor in _tensors(vars(optimizer), _DEPTH)}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            held.pop(id(parameter), None)
+    # By dtype, since masters may be kept for half-precision parameters alone.
+    for dtype in {parameter.dtype for parameter in parameters}:
+        telling = [p.detach() for p in parameters if p.dtype == dtype and _tells(p)]
+        if telling and all(any(_is_copy(each, p) for each in held.values()) for p in telling):
+            raise RegistrationError(
+                f"{type(optimizer).__name__} keeps copies of the weights (such as fp32 masters or "
+                "slow weights) and writes the parameters from them, so that its next step would "
+                f"undo every average. {_ADVICE}"
+            )
+
+
+def _tells(parameter: Tensor) -> bool:
+    """Whether equal values can be no coincidence."""
+    return parameter.numel() > 1 and bool((parameter.detach() != 0).sum() > 1)
+
+
+def _is_copy(other: Tensor, parameter: Tensor) -> bool:
+    return (
+        other.numel() == parameter.numel()
+        and other.device == parameter.device
+        and other.data_ptr() != parameter.data_ptr()
+        and torch.equal(other.detach().reshape(-1).to(parameter.dtype), parameter.reshape(-1))
+    )
+
+
+def _tensors(value: object, depth: int) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth:
+        members: Iterable[object] = ()
+        if isinstance(value, dict):
+            members = list(value.values())
+        elif isinstance(value, list | tuple | set):
+            members = list(value)
+        elif isinstance(value, Optimizer):
+            members = list(vars(value).values())
+        for member in members:
+            yield from _tensors(member, depth - 1)

@@ -1,0 +1,231 @@
+"""When all optimizers have stepped, so that a boundary can run: optimizers, GradScaler, forward."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from commhooks.engine.steps.kept_weights import check_optimizer, check_weights
+
+__all__ = ["OptimizerWatch", "owned", "unwrapped"]
+
+logger = logging.getLogger("commhooks")
+
+# Some optimizers make their copies of the weights at the first step, Lookahead at the fifth.
+_CHECKED_STEPS = 10
+
+
+class Watched(Protocol):
+    """What is told that a boundary can run."""
+
+    @property
+    def step(self) -> int:
+        """Steps so far."""
+
+    @property
+    def boundary_due(self) -> bool:
+        """Whether a boundary waits for the optimizers."""
+
+    def at_boundary(self) -> None:
+        """Every optimizer has stepped, or been skipped, since the backward; a boundary is due."""
+
+
+def unwrapped(optimizer: object) -> object:
+    """The optimizer in Accelerate's or Lightning's wrapper, which only forwards what it is asked.
+
+    Other wrappers (Lookahead, say) do something to the weights themselves.
+    """
+    package = type(optimizer).__module__.partition(".")[0]
+    if package in ("accelerate", "lightning", "pytorch_lightning", "lightning_fabric"):
+        return getattr(optimizer, "optimizer", optimizer)
+    return optimizer
+
+
+def owned(optimizer: Optimizer, parameters: Mapping[int, Tensor]) -> list[Tensor]:
+    """Those of ``parameters`` (by ``id``) that ``optimizer`` updates."""
+    mine = (p for group in optimizer.param_groups for p in group["params"])
+    return [p for p in mine if id(p) in parameters]
+
+
+class OptimizerWatch:
+    """Runs a due boundary once all optimizers have stepped, or else before the next forward.
+
+    The forward is the backstop for whatever steps unseen: a GradScaler that the state does not know
+    skips a step, which fires no hook. Nothing writes parameters between the two moments.
+
+    Args:
+        watched: whose boundaries they are.
+        parameters: those that are averaged.
+        optimizers: all that update them; in the bare form none, and they are learnt as they step.
+        scaler: the loop's GradScaler.
+    """
+
+    def __init__(
+        self,
+        watched: Watched,
+        parameters: Iterable[Tensor],
+        optimizers: Sequence[Optimizer] = (),
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self._watched = watched
+        self._parameters = {id(parameter): parameter for parameter in parameters}
+        self._known: weakref.WeakSet[Optimizer] = weakref.WeakSet(optimizers)
+        self._given = bool(optimizers)
+        # A boundary waits until so many have had an owner that stepped, lest the first of several
+        # new optimizers pass for the only one.
+        self._updated = self._ids_of(optimizers) if optimizers else set(self._parameters)
+        self._stepped: set[int] = set()
+        self._stepped_in = 0
+        self._steps_seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._scaler: weakref.ref[torch.amp.GradScaler] | None = None
+        if scaler is not None:
+            self._scaler = weakref.ref(scaler)
+            scaler.step = _WatchedStep(scaler, self)  # type: ignore[method-assign]
+        _watches.add(self)
+        _watch_all_optimizers()
+
+    def close(self) -> None:
+        """Watch no longer."""
+        _watches.discard(self)
+        scaler = self._scaler() if self._scaler is not None else None
+        step = scaler.__dict__.get("step") if scaler is not None else None
+        if scaler is not None and isinstance(step, _WatchedStep) and step.watch() is self:
+            scaler.step = step.plain  # type: ignore[method-assign]
+
+    def rates(self) -> dict[int, float]:
+        """The learning rates in force, by the ``id`` of the parameters."""
+        return {
+            id(p): float(group["lr"])
+            for optimizer in self._known
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if "lr" in group
+        }
+
+    def before_forward(self) -> None:
+        """A forward of the model begins, which may be an evaluation before an optimizer's step."""
+        if torch.is_grad_enabled() and self._watched.boundary_due:
+            self._run()
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped, or its step was skipped.
+
+        Raises:
+            RegistrationError: it keeps copies of the weights, which would undo every average.
+        """
+        if not self._is_mine(optimizer):
+            return
+        seen = self._steps_seen[optimizer] = self._steps_seen.get(optimizer, 0) + 1
+        if seen <= _CHECKED_STEPS:
+            check_weights(optimizer, owned(optimizer, self._parameters))
+        if self._stepped_in != self._watched.step:
+            # Steps made for an earlier backward do not count for this one.
+            self._stepped_in = self._watched.step
+            self._stepped.clear()
+        self._stepped.add(id(optimizer))
+        if self._watched.boundary_due and self._all_stepped():
+            self._run()
+
+    def _is_mine(self, optimizer: Optimizer) -> bool:
+        if optimizer in self._known:
+            return True
+        # An optimizer may be given parameters later.
+        mine = owned(optimizer, self._parameters)
+        if not mine:
+            return False
+        check_optimizer(optimizer)
+        if self._given:
+            logger.warning(
+                "commhooks: a %s updates parameters of the model and was not given to "
+                "state.register. From now on a boundary waits for it, too.",
+                type(optimizer).__name__,
+            )
+        self._known.add(optimizer)
+        return True
+
+    def _all_stepped(self) -> bool:
+        known = list(self._known)
+        return self._stepped >= {id(optimizer) for optimizer in known} and (
+            self._ids_of(known) >= self._updated
+        )
+
+    def _ids_of(self, optimizers: Iterable[Optimizer]) -> set[int]:
+        return {id(p) for each in optimizers for p in owned(each, self._parameters)}
+
+    def _run(self) -> None:
+        self._stepped.clear()
+        self._watched.at_boundary()
+
+
+class _WatchedStep:
+    """``scaler.step`` that tells of a step whether the scaler skips it or not.
+
+    An optimizer whose step is skipped fires no hook, and GradScaler has none to offer, so the bound
+    method is replaced on this one instance. A copy or a pickle of the scaler has a plain one.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler, watch: OptimizerWatch) -> None:
+        self._scaler = scaler
+        self.watch = weakref.ref(watch)
+        self.plain: Callable[..., float | None] = scaler.step
+        # Of a state that is gone.
+        while isinstance(self.plain, _WatchedStep) and self.plain.watch() is None:
+            self.plain = self.plain.plain
+
+    def __call__(self, optimizer: Any, *args: Any, **kwargs: Any) -> float | None:
+        result = self.plain(optimizer, *args, **kwargs)
+        inner = unwrapped(optimizer)
+        if (watch := self.watch()) is not None and isinstance(inner, Optimizer):
+            watch.after_step(inner)
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Asked of the copy, which has no such attribute of its own yet.
+        return getattr, (self._scaler, "step")
+
+
+# torch keeps global hooks for ever and cannot lose one while it runs them, so there is one for all
+# states, and it keeps none of them alive.
+_watches: weakref.WeakSet[OptimizerWatch] = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_all_optimizers() -> None:
+    # Compiled, an optimizer's step would have the engine traced into its graph.
+    tell: Callable[..., None] = torch.compiler.disable(_tell)  # type: ignore[no-untyped-call]
+    register_optimizer_step_post_hook(tell)
+
+
+def _tell(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if _watches and not _inside_another_step():
+        for watch in tuple(_watches):
+            watch.after_step(optimizer)
+
+
+def _inside_another_step() -> bool:
+    """Whether the step that has just ended is part of another one, which is not over.
+
+    torch fires the hooks for ``super().step()`` in a subclass's ``step``, too, and for the inner
+    optimizer of a wrapper. Both may still write to the weights. Every step that fires hooks runs in
+    the same function of torch's, so it is looked for among the callers.
+    """
+    steps = 0
+    caller: FrameType | None = sys._getframe(1)
+    while caller is not None and steps < 2:
+        steps += caller.f_code is _STEP
+        caller = caller.f_back
+    return steps > 1
+
+
+_STEP = Optimizer.profile_hook_step(_tell).__code__

@@ -1,0 +1,1 @@
+"""How tensors lie in flat vectors, and what differs between devices."""

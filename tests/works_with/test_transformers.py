@@ -1,0 +1,242 @@
+"""Pins ``commhooks.transformers``: Hugging Face's Trainer on a tiny model, over real ranks."""
+
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import commhooks
+from commhooks import RegistrationError
+from tests.frameworks import ready_for_frameworks
+from tests.harness import run_ranks
+from tests.reference import flat, mean
+from tests.workload import ragged_model, seeded, trained
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not find_spec("transformers"), reason="needs the extra frameworks"),
+]
+
+TAU = 4
+
+
+class Model(nn.Module):
+    """Takes and returns what Trainer wants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = ragged_model()
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        y = self.body(x)
+        return {"loss": nn.functional.mse_loss(y, labels), "logits": y}
+
+
+class Samples(Dataset[dict[str, Tensor]]):
+    """Each rank gets its own part of them."""
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = seeded(11, index)
+        x = torch.randn(5, generator=generator)
+        return {"x": x, "labels": torch.randn(3, generator=generator) + index % 2}
+
+
+def options(folder: Path, **others: Any) -> Any:
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.05,
+            "lr_scheduler_type": "constant",
+            "save_strategy": "no",
+            "logging_steps": 2,
+            "ddp_find_unused_parameters": False,
+            "average_tokens_across_devices": False,
+            **others,
+        }
+    )
+
+
+def build(folder: Path, state: commhooks.CommHookState | None, **others: Any) -> Any:
+    from commhooks.transformers import ConsensusTrainer
+
+    keywords: dict[str, Any] = {"model": Model(), **others.pop("trainer", {})}
+    return ConsensusTrainer(
+        args=options(folder, **others),
+        train_dataset=Samples(),
+        eval_dataset=Samples(),
+        comm_state=state,
+        **keywords,
+    )
+
+
+def weights(trainer: Any) -> Tensor:
+    return flat(trained(trainer.model)).clone()
+
+
+def evaluate_and_save(folder: Path) -> dict[str, Any]:
+    """In mid-run, between two rounds."""
+    ready_for_frameworks()
+    from safetensors.torch import load_file
+    from transformers import TrainerCallback
+
+    seen: dict[str, Any] = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, progress: Any, control: Any, **_: Any) -> None:
+            if progress.global_step == TAU + 1:
+                seen["own"] = weights(trainer)
+                seen["loss"] = trainer.evaluate()["eval_loss"]
+                seen["predicted"] = torch.from_numpy(trainer.predict(Samples()).predictions)
+                trainer.save_model(str(folder / "saved"))
+                seen["after"] = weights(trainer)
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            seen["at the end"] = weights(trainer)
+
+    state = commhooks.LocalSGD(tau=TAU)
+    trainer = build(folder, state, eval_strategy="steps", eval_steps=6)
+    trainer.add_callback(Look())
+    trainer.train()
+    dist.barrier()
+    saved = load_file(folder / "saved" / "model.safetensors")
+    seen["saved"] = flat([saved[name] for name, _ in trainer.model.named_parameters()])
+    seen["finished"] = weights(trainer)
+    seen["rounds"] = state.stats.rounds_completed
+    logs = trainer.state.log_history
+    seen["logged"] = [entry["comm/step"] for entry in logs if "loss" in entry]
+    during = [entry["eval_loss"] for entry in logs if entry["step"] == 6 and "eval_loss" in entry]
+    seen["losses"] = [*during, trainer.evaluate()["eval_loss"]]
+    return seen
+
+
+def test_it_evaluates_and_saves_the_consensus_model(tmp_path: Path) -> None:
+    ends = run_ranks(evaluate_and_save, 2, tmp_path, tidy=False)
+    consensus = mean([end["own"] for end in ends])
+    model = Model()
+    nn.utils.vector_to_parameters(consensus, model.parameters())
+    batch = [Samples()[index] for index in range(len(Samples()))]
+    x, labels = (torch.stack([sample[name] for sample in batch]) for name in ("x", "labels"))
+    with torch.no_grad():
+        expected = model(x, labels)
+    assert not torch.equal(ends[0]["own"], ends[1]["own"])
+    assert ends[0]["rounds"] == 1
+    for end in ends:
+        torch.testing.assert_close(end["saved"], consensus)
+        torch.testing.assert_close(end["loss"], expected["loss"].item())
+        torch.testing.assert_close(end["predicted"], expected["logits"])
+        assert torch.equal(end["after"], end["own"])
+        assert torch.equal(end["finished"], ends[0]["finished"])
+        assert torch.equal(end["at the end"], end["finished"])
+        # The last evaluation during training, before finish(), and one after it.
+        assert end["losses"][0] == pytest.approx(end["losses"][1], rel=1e-5)
+        assert end["logged"] == [2, 4, 6]
+
+
+def train_twice(folder: Path) -> dict[str, Any]:
+    """On the same wrapper; then with a model that Trainer builds, and wraps, at each call."""
+    ready_for_frameworks()
+    state = commhooks.OverlapLocalSGD(tau=2)
+    trainer = build(folder, state)
+    trainer.train()
+    first = weights(trainer)
+    trainer.train()
+    seen: dict[str, Any] = {"same": trainer.comm_state is state, "steps": state.stats.step}
+    seen["moved"] = not torch.equal(weights(trainer), first)
+    seen["ends"] = [weights(trainer)]
+
+    state = commhooks.OverlapLocalSGD(tau=2, alpha=0.5)
+    trainer = build(folder, state, trainer={"model": None, "model_init": Model})
+    for _ in range(2):
+        trainer.train()
+        seen["ends"].append(weights(trainer))
+    seen["another"] = trainer.comm_state is not state
+    seen["repr"] = repr(trainer.comm_state) == repr(state)
+    seen["stats"] = (state.stats.step, trainer.comm_state.stats.step)
+    return seen
+
+
+def test_it_trains_twice(tmp_path: Path) -> None:
+    first, second = run_ranks(train_twice, 2, tmp_path, tidy=False)
+    for end in (first, second):
+        assert end["same"]
+        assert end["moved"]
+        assert end["steps"] == 12
+        assert end["another"]
+        assert end["repr"]
+        assert end["stats"] == (6, 6)
+    for one, other in zip(first["ends"], second["ends"], strict=True):
+        assert torch.equal(one, other)
+    # The same run from the same start, in a new wrapper.
+    assert torch.equal(first["ends"][1], first["ends"][2])
+
+
+def resume(folder: Path) -> tuple[Tensor, Tensor, int]:
+    """From Trainer's own checkpoint, and with the best model loaded at the end."""
+    ready_for_frameworks()
+    from safetensors.torch import load_file
+
+    build(folder, commhooks.LocalSGD(tau=TAU), save_strategy="steps", save_steps=3).train()
+    trainer = build(
+        folder,
+        commhooks.LocalSGD(tau=TAU),
+        eval_strategy="steps",
+        eval_steps=3,
+        save_strategy="steps",
+        save_steps=3,
+        load_best_model_at_end=True,
+        max_steps=9,
+    )
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    saved = load_file(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
+    best = flat([saved[name] for name, _ in trainer.model.named_parameters()])
+    return weights(trainer), best, trainer.state.global_step
+
+
+def test_it_resumes_and_ends_on_the_best_model(tmp_path: Path) -> None:
+    first, second = run_ranks(resume, 2, tmp_path, tidy=False)
+    assert torch.equal(first[0], second[0])
+    torch.testing.assert_close(first[0], first[1])
+    assert first[2] == 9
+
+
+def with_trainers_defaults(folder: Path) -> tuple[str, str]:
+    ready_for_frameworks()
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("commhooks").addHandler(handler)
+    trainer = build(
+        folder,
+        commhooks.LocalSGD(tau=2),
+        average_tokens_across_devices=True,
+        ddp_find_unused_parameters=True,
+    )
+    trainer.train()
+    with pytest.raises(RegistrationError) as refusal:
+        build(folder, commhooks.LocalSGD(tau=2), auto_find_batch_size=True)
+    plain = build(folder, None)
+    plain.train()
+    return "\n".join(records), str(refusal.value)
+
+
+def test_it_warns_of_what_waits_at_every_step(tmp_path: Path) -> None:
+    for logged, refusal in run_ranks(with_trainers_defaults, 2, tmp_path, tidy=False):
+        assert "average_tokens_across_devices=True" in logged
+        assert "find_unused_parameters=True" in logged
+        assert "choose per_device_train_batch_size" in refusal
