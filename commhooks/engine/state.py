@@ -187,7 +187,7 @@ class CommHookState(Rules, Joinable):
             if unknown:
                 raise RegistrationError(
                     f"register takes no argument named {', '.join(unknown)}; optimizers are given "
-                    "by position: state.register(ddp_model, optimizer, scaler=scaler)."
+                    "by position, state.register(ddp_model, optimizer), a GradScaler as scaler=."
                 )
             ddp = self._check_model(ddp, type(model))
             parameters = synchronized_parameters(ddp)
@@ -268,7 +268,7 @@ class CommHookState(Rules, Joinable):
         self._ddp = weakref.ref(ddp)
         parameters = synchronized_parameters(ddp).values()
         self._optimizers = OptimizerWatch(self._engine, parameters, optimizers, scaler=scaler)
-        self._engine.rates = self._optimizers.rates
+        self._engine.read_rates_from(self._optimizers.rates)
         self._model_watch = ModelWatch(ddp, self._before_forward, self._before_load)
         if ddp.forward_sync_buffers and any(True for _ in ddp.module.buffers()):
             logger.info(

@@ -31,6 +31,7 @@ class Workers:
         self.models = [copy.deepcopy(model) for _ in range(size)]
         self.optimizers = [optimizer(each) for each in self.models]
         self.steps = 0
+        self.boundary_run = False
         self.started_at = warmup_steps
         if warmup_steps == 0:
             algorithm.start(self.x)
@@ -53,20 +54,41 @@ class Workers:
         skipped: Container[tuple[int, int]] = (),
     ) -> list[Tensor]:
         """One step of every worker, without the optimizers of a ``(rank, step)`` in ``skipped``."""
+        self.backward(gradient)
+        for number in range(len(self.optimizers[0])):
+            self.optimize(number, skipped)
+        return self.end_step()
+
+    # A step in its parts, for loops that do something between them.
+
+    def backward(self, gradient: Callable[[nn.Module, int, int], object]) -> None:
+        """Everybody's gradients of the next step; in warm-up their mean."""
         self.steps += 1
+        self.boundary_run = False
         for rank, model in enumerate(self.models):
             model.zero_grad()
             gradient(model, rank, self.steps)
         if self.algorithm.tau is None or self.steps <= self.warmup_steps:
             self._average_gradients()
+
+    def optimize(self, number: int, skipped: Container[tuple[int, int]] = ()) -> None:
+        """Everybody's ``number``-th optimizer, but for those who skip this step."""
         for rank, optimizers in enumerate(self.optimizers):
-            for optimizer in optimizers:
-                if (rank, self.steps) not in skipped:
-                    optimizer.step()
+            if (rank, self.steps) not in skipped:
+                optimizers[number].step()
+
+    def run_due_boundary(self) -> None:
+        """What an evaluation or a checkpoint between the parts of a step begins with."""
+        if self._at_boundary() and not self.boundary_run:
+            self._assign(self.algorithm.boundary(self.x))
+            self.boundary_run = True
+
+    def end_step(self) -> list[Tensor]:
+        """The end of warm-up or a boundary, if this step is one; everybody's parameters."""
         if self.steps == self.warmup_steps:
             self.algorithm.start(self.x)
-        elif self._at_boundary():
-            self._assign(self.algorithm.boundary(self.x))
+        else:
+            self.run_due_boundary()
         return self.x
 
     def finish(self) -> Tensor:
