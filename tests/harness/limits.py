@@ -14,7 +14,7 @@ _WORK = "n = 0\nfor i in range(2_000_000): n += i"
 _PROCESSES = 2
 _REFERENCE = 0.16
 # Never more than this, so that a deadlock ends in bounded time.
-MOST = 10.0
+MOST = 6.0
 # Load comes and goes while the tests run.
 _OLD = 60.0
 
