@@ -18,7 +18,7 @@ import commhooks.accelerate
 from commhooks import CheckpointError, RegistrationError
 from tests.accelerated import Accelerated, Scaling, normed, tied_model
 from tests.cases import ALGORITHMS, Case
-from tests.harness import rank_outcomes, run_ranks
+from tests.harness import rank_outcomes, run_ranks, scaled
 from tests.reference import mean
 from tests.workload import adamw, nesterov_sgd, weights_and_biases
 
@@ -316,4 +316,4 @@ def test_saving_over_a_checkpoint_of_other_ranks_leaves_none_of_theirs(tmp_path:
 
 def test_the_library_alone_does_not_import_accelerate() -> None:
     program = "import sys, commhooks, commhooks.accelerate; sys.exit('accelerate' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=scaled(60))
