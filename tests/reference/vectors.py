@@ -16,7 +16,8 @@ def write(vector: Tensor, parameters: Iterable[Tensor]) -> None:
     """Copy the parts of ``vector`` into the parameters."""
     offset = 0
     for p in parameters:
-        p.copy_(vector[offset : offset + p.numel()].view_as(p))
+        part = vector[offset : offset + p.numel()].view_as(p)
+        p.copy_(part if p.is_complex() else part.real)
         offset += p.numel()
 
 

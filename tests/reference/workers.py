@@ -33,7 +33,7 @@ class Workers:
         self.steps = 0
         self.started_at = warmup_steps
         if warmup_steps == 0:
-            algorithm.start(self.x)
+            self._start()
 
     @property
     def x(self) -> list[Tensor]:
@@ -42,6 +42,18 @@ class Workers:
     @property
     def consensus(self) -> Tensor:
         return mean(self.x)
+
+    @property
+    def gamma(self) -> Tensor:
+        """The learning rate of every number in x, the same on every worker."""
+        rates = {
+            id(p): float(group["lr"])
+            for optimizer in self.optimizers[0]
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        parameters = _trained(self.models[0])
+        return torch.cat([torch.full((p.numel(),), rates.get(id(p), 0.0)) for p in parameters])
 
     @property
     def all_optimizers(self) -> list[Optimizer]:
@@ -64,9 +76,10 @@ class Workers:
                 if (rank, self.steps) not in skipped:
                     optimizer.step()
         if self.steps == self.warmup_steps:
-            self.algorithm.start(self.x)
-        elif self._at_boundary():
-            self._assign(self.algorithm.boundary(self.x))
+            self._start()
+        elif self.steps > self.started_at and self.algorithm.tau is not None:
+            k = self.steps - self.started_at
+            self._assign(self.algorithm.step(k, self.x, self.gamma))
         return self.x
 
     def finish(self) -> Tensor:
@@ -75,12 +88,11 @@ class Workers:
         self._assign([consensus for _ in self.models])
         if self.steps >= self.warmup_steps:
             self.started_at = self.steps
-            self.algorithm.start(self.x)
+            self._start()
         return consensus
 
-    def _at_boundary(self) -> bool:
-        since = self.steps - self.started_at
-        return self.algorithm.tau is not None and since > 0 and since % self.algorithm.tau == 0
+    def _start(self) -> None:
+        self.algorithm.start(self.x, _named(self.models[0]))
 
     def _assign(self, x: Sequence[Tensor]) -> None:
         for model, xi in zip(self.models, x, strict=True):
@@ -95,8 +107,12 @@ class Workers:
                     p.grad = average.clone()
 
 
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def _trained(model: nn.Module) -> list[Tensor]:
-    return [p for p in model.parameters() if p.requires_grad]
+    return list(_named(model).values())
 
 
 def _widened(x: Tensor) -> Tensor:

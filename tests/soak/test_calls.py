@@ -60,9 +60,9 @@ class Model(Trainer):
     def on_step(self) -> None:
         self.step()
         self.reference.step(self.case.backward, self.overflows)
-        since = self.steps - self.reference.started_at
-        if not self.averages_gradients(self.steps) and since % self.case.tau == 0:
-            self.rounds += 1
+        if not self.averages_gradients(self.steps):
+            k = self.steps - self.reference.started_at
+            self.rounds += self.case.rounds(k) - self.case.rounds(k - 1)
 
     def averages_gradients(self, step: int) -> bool:
         return self.disabled or step <= self.case.warmup_steps
