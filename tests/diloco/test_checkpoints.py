@@ -147,10 +147,20 @@ def kept_damages(good: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for key in ("kept", "rates"):
         at = ("fragments", 0, key)
         yield f"{key} is gone", changed(good, at, None)
-        for new in ("damaged", 7, [], {}, [float("nan")], {"state": {}}, {"param_groups": []}):
+        values: list[Any] = [
+            "damaged",
+            7,
+            [],
+            {},
+            [float("nan")],
+            {"state": {}},
+            {"param_groups": []},
+        ]
+        for new in values:
             yield f"{key} is {new}", changed(good, at, new)
-    for fragments in (good["fragments"][:1], good["fragments"][::-1], []):
-        yield "other fragments", {**good, "fragments": fragments}
+    yield "a fragment is gone", {**good, "fragments": good["fragments"][1:]}
+    if len(good["fragments"]) > 1:
+        yield "fragments are exchanged", {**good, "fragments": good["fragments"][::-1]}
 
 
 def refused_as_a_whole(case: Case) -> list[str]:
