@@ -23,9 +23,8 @@ def comm_hook(
 
     ``state.register(ddp_model, optimizer)`` registers it. The bare PyTorch form works too:
     ``ddp_model.register_comm_hook(state, commhooks.comm_hook)``. The state then learns its
-    parameters from the buckets of the first backward, its optimizers when they first step and
-    the model at its second forward; until then DDP broadcasts the model's buffers once, and a
-    loop that uses GradScaler must not put a collective of its own right after a skipped step.
+    model at its first forward and the optimizers when they first step; a loop that uses GradScaler
+    must not put a collective of its own right after a skipped step.
 
     Args:
         state: one of the package's states, such as :class:`commhooks.OverlapLocalSGD`.

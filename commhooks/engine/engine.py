@@ -101,7 +101,7 @@ class Engine:
             )
             for number, part in enumerate(dealt, start=1)
         ]
-        self.rates: Callable[[], Mapping[int, float]] = dict
+        self._read_rates: weakref.WeakMethod[Callable[[], Mapping[int, float]]] | None = None
         self.device = self._fragments[0].device
         self._restart_schedules()
         self._averager: GradientAverager | None = None
@@ -146,6 +146,14 @@ class Engine:
             return None
         first = min(self._fragments, key=lambda fragment: fragment.schedule.next)
         return first if first.schedule.next <= self.steps.step else None
+
+    def read_rates_from(self, read: Callable[[], Mapping[int, float]]) -> None:
+        """Ask this method for learning rates; whoever has it holds this engine."""
+        self._read_rates = weakref.WeakMethod(read)
+
+    def _rates(self) -> Mapping[int, float]:
+        read = self._read_rates() if self._read_rates is not None else None
+        return read() if read is not None else {}
 
     def reduce_gradients(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Average a gradient bucket or leave it as it is; the last one of a backward ends a step.
@@ -627,7 +635,7 @@ class Engine:
         probes: list[Tensor] = []
         if refusal is None:
             try:
-                fragment.prepare(self._rules, self.rates)
+                fragment.prepare(self._rules, self._rates)
                 names = ("mix", "contribute") if mix_first else ("contribute",)
                 probes = fragment.sweep(self._rules, *names)
             except RegistrationError as error:

@@ -107,6 +107,7 @@ class CommHookState(Rules, Joinable):
         self._model_watch: ModelWatch | None = None
         self._announcements: RemovableHandle | None = None
         self._closed: Stats | None = None
+        self._bare = False
 
     def hyperparameters(self) -> dict[str, object]:
         """What decides the trajectory, as plain values, by the names the constructor takes."""
@@ -186,7 +187,7 @@ class CommHookState(Rules, Joinable):
             if unknown:
                 raise RegistrationError(
                     f"register takes no argument named {', '.join(unknown)}; optimizers are given "
-                    "by position: state.register(ddp_model, optimizer, scaler=scaler)."
+                    "by position, state.register(ddp_model, optimizer), a GradScaler as scaler=."
                 )
             ddp = self._check_model(ddp, type(model))
             parameters = synchronized_parameters(ddp)
@@ -207,6 +208,7 @@ class CommHookState(Rules, Joinable):
         except RegistrationError as error:
             refusal = str(error)
         self._build(ddp, refusal, {})
+        self._bare = True
         self._watch(ddp, (), None)
 
     def _check_model(
@@ -266,7 +268,7 @@ class CommHookState(Rules, Joinable):
         self._ddp = weakref.ref(ddp)
         parameters = synchronized_parameters(ddp).values()
         self._optimizers = OptimizerWatch(self._engine, parameters, optimizers, scaler=scaler)
-        self._engine.rates = self._optimizers.rates
+        self._engine.read_rates_from(self._optimizers.rates)
         self._model_watch = ModelWatch(ddp, self._before_forward, self._before_load)
         if ddp.forward_sync_buffers and any(True for _ in ddp.module.buffers()):
             logger.info(
@@ -301,6 +303,16 @@ class CommHookState(Rules, Joinable):
                     )
                 )
             return done(bucket.buffer())
+        if self._bare and bucket.is_last():
+            assert self._optimizers is not None
+            if not self._optimizers.averages(bucket.parameters()):
+                raise_after_backward(
+                    RegistrationError(
+                        "This state is the hook of another DDP model already; build one state for "
+                        "every DDP model."
+                    )
+                )
+                return done(bucket.buffer())
         return self._engine.reduce_gradients(bucket)
 
     def _before_forward(self, model: DistributedDataParallel) -> None:
@@ -591,6 +603,7 @@ _RUNTIME = (
     "_model_watch",
     "_announcements",
     "_closed",
+    "_bare",
 )
 
 
