@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import SGD, Muon
+from torch.optim import LBFGS, SGD, AdamW, Muon, Optimizer, SparseAdam
 
 import commhooks
 from tests.cases import Case
@@ -23,6 +23,10 @@ from tests.workload import nesterov_sgd
 
 def not_an_optimizer(parameters: list[Tensor]) -> object:
     return parameters
+
+
+def without_arguments() -> Optimizer:
+    return SGD([torch.zeros(1)], lr=1.0)
 
 
 @pytest.mark.parametrize(
@@ -40,10 +44,13 @@ def not_an_optimizer(parameters: list[Tensor]) -> object:
         ({"fragments": "0.*"}, "fragments must be"),
         ({"fragments": []}, "fragments must be"),
         ({"fragments": ["0.*", "2.*"]}, r"fragments\[0\] must be a sequence of strings"),
+        ({"fragments": [["0.*"], []]}, r"fragments\[1\] must be at least one name"),
         ({"fragments": [["0.*"], [2]]}, r"fragments\[1\] must be a sequence of strings"),
         ({"outer": SGD([torch.zeros(1)], lr=1.0)}, "outer must be a function that builds"),
         ({"outer": "sgd"}, "outer must be a function that builds"),
         ({"outer": None}, "outer must be a function that builds"),
+        ({"outer": partial(SGD, lr=-1.0)}, "outer must be a builder .*Invalid learning rate: -1.0"),
+        ({"outer": without_arguments}, "outer must be a builder .*takes 0 positional arguments"),
         ({"outer": not_an_optimizer}, "outer must be a builder of a torch.optim.Optimizer"),
     ],
     ids=str,
@@ -80,7 +87,6 @@ REFUSALS: Sequence[tuple[dict[str, Any], str]] = [
     ({"fragments": [["0.*", "2.*"], ["2.bias", "4.*"]]}, "'2.bias' is in fragments 0 and 1"),
     ({"fragments": [["*"], ["*.weight"]]}, "is in fragments 0 and 1; name each once"),
     ({"fragments": [["0.*"], ["2.*"]]}, "No fragment names '4.weight', '4.bias'; every parameter"),
-    ({"fragments": [["0.*", "2.*", "4.*"], []]}, "fragments"),
     (
         {"outer": partial(Muon, lr=0.1)},
         r"outer optimizer does not take these parameters .*0\.bias.*: Muon only supports 2D",
@@ -89,6 +95,9 @@ REFUSALS: Sequence[tuple[dict[str, Any], str]] = [
         {"outer": partial(Muon, lr=0.1), "fragments": [["*.weight"], ["*.bias"]]},
         r"does not take these parameters \(0\.bias, 2\.bias, 4\.bias\)",
     ),
+    ({"outer": LBFGS}, "outer optimizer does not take these parameters .*closure"),
+    ({"outer": partial(SparseAdam, lr=0.1)}, "SparseAdam does not support dense gradients"),
+    ({"outer": partial(AdamW, capturable=True)}, "If capturable=True, params"),
 ]
 
 
