@@ -146,7 +146,8 @@ def kept_damages(good: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """What only the states of these algorithms have, damaged as a whole."""
     for key in ("kept", "rates"):
         at = ("fragments", 0, key)
-        yield f"{key} is gone", changed(good, at, None)
+        if good["fragments"][0][key] is not None:
+            yield f"{key} is gone", changed(good, at, None)
         values: list[Any] = [
             "damaged",
             7,
@@ -179,8 +180,9 @@ def refused_as_a_whole(case: Case) -> list[str]:
             wrong.append(f"{words}: {error!r}")
         else:
             wrong.append(f"{words}: taken")
-    assert same(without_seconds(trainer.state.state_dict()), without_seconds(good))
-    assert torch.equal(trainer.x, x)
+    if not wrong:
+        assert same(without_seconds(trainer.state.state_dict()), without_seconds(good))
+        assert torch.equal(trainer.x, x)
     return wrong
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from commhooks.engine.vectors.fragments import partition
 from tests.cases import Case
@@ -13,7 +13,7 @@ from tests.expected import assert_ranks_follow
 from tests.harness import run_ranks
 from tests.reference.diloco import deal
 from tests.training import Trainer, trajectories
-from tests.workload import plain_sgd, seeded
+from tests.workload import initialise, plain_sgd, seeded
 
 BY_NAME: Sequence[Any] = [
     [["*"]],
@@ -94,3 +94,33 @@ def test_fragments_take_turns() -> None:
             *([], first, [], second, third),
             *([], first),
         ]
+
+
+class WithAnEmptyOne(nn.Module):
+    """A parameter of no numbers at all, as for a feature that is switched off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 4)
+        self.off = nn.Parameter(torch.zeros(0, 4))
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x))) + self.off.sum()  # type: ignore[no-any-return]
+
+
+def with_an_empty_one(dtype: torch.dtype) -> nn.Module:
+    return initialise(WithAnEmptyOne()).to(dtype)
+
+
+def test_a_parameter_without_numbers_is_in_no_fragment() -> None:
+    todo = [
+        Case(
+            "DiLoCo",
+            {"tau": 4, "fragments": fragments, "outer": HEAVY_BALL, "delay": 2},
+            dtype=torch.float64,
+            model=with_an_empty_one,
+        )
+        for fragments in (1, 2, 4, [["first.*"], ["last.*"]])
+    ]
+    assert_ranks_follow(todo, run_ranks(trajectories, 2, todo))

@@ -95,7 +95,9 @@ def deal(named: Mapping[str, Tensor], fragments: Fragments) -> list[list[str]]:
 
     By number: in turn to the fragment with the fewest numbers so far, the first of equals; but as
     long as there is one without any parameter, to the first of those. By patterns: what they match.
+    Parameters without numbers are in none.
     """
+    named = {name: p for name, p in named.items() if p.numel()}
     if not isinstance(fragments, int):
         return [
             [name for name in named if any(fnmatchcase(name, each) for each in patterns)]

@@ -27,7 +27,7 @@ class SlowMo:
         assert self.tau is not None
         if k % self.tau:
             return x
-        gamma = gamma.to(self.z.dtype)
+        gamma = gamma.to(self.z.real.dtype)
         learnt = torch.where(gamma > 0, (self.z - mean(x)) / gamma, 0)
         self.u = self.beta * self.u + learnt
         self.z = self.z - self.lr * gamma * self.u

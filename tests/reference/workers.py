@@ -53,8 +53,12 @@ class Workers:
             for group in optimizer.param_groups
             for p in group["params"]
         }
-        parameters = _trained(self.models[0])
-        return torch.cat([torch.full((p.numel(),), rates.get(id(p), 0.0)) for p in parameters])
+        return torch.cat(
+            [
+                torch.full((p.numel(),), rates.get(id(p), 0.0), dtype=torch.float64)
+                for p in _trained(self.models[0])
+            ]
+        )
 
     @property
     def all_optimizers(self) -> list[Optimizer]:
