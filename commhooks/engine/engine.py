@@ -359,6 +359,7 @@ class Engine:
     def disable(self) -> None:
         """Average gradients from the next step on, after :meth:`finish`, and keep no vectors."""
         self.disabled = True
+        self._started = False
         self._open_averager()
         for fragment in self._fragments:
             fragment.release()
