@@ -201,8 +201,8 @@ GRIDS = {
         options=_SMALL,
         lr=(0.025, 0.05, 0.1, 0.15, 0.25, 0.5),
     ),
-    # How DiLoCo's workers take up a result that comes late; for recipes/language.py. The momentum
-    # is below the paper's, which is for a tau of 500.
+    # How DiLoCo's workers take up a result that comes late; for recipes/language.py. The outer
+    # momentum is below the paper's, which is for a tau of 500.
     "merges": Grid(
         algorithms=(
             "ddp",
