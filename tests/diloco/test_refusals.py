@@ -29,6 +29,11 @@ def without_arguments() -> Optimizer:
     return SGD([torch.zeros(1)], lr=1.0)
 
 
+def name(value: object) -> str:
+    """The same in every process, which a function's own text is not."""
+    return "-".join(value) if isinstance(value, dict) else str(value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -53,7 +58,7 @@ def without_arguments() -> Optimizer:
         ({"outer": without_arguments}, "outer must be a builder .*takes 0 positional arguments"),
         ({"outer": not_an_optimizer}, "outer must be a builder of a torch.optim.Optimizer"),
     ],
-    ids=str,
+    ids=name,
 )
 def test_refused_at_construction(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(commhooks.HyperParameterError, match=message):
@@ -68,7 +73,7 @@ def test_refused_at_construction(arguments: dict[str, Any], message: str) -> Non
         ({"lr": 0.0}, "lr must be"),
         ({"lr": float("inf")}, "lr must be"),
     ],
-    ids=str,
+    ids=name,
 )
 def test_slowmo_refuses(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(commhooks.HyperParameterError, match=message):
