@@ -475,7 +475,8 @@ class Engine:
             CheckpointError: it is damaged, or of another model.
         """
         goes_on = saved.get("started") is True and self._goes_on(same_ranks=same_ranks)
-        check_values(saved, self._fragments, self._saved_vectors if goes_on else None)
+        vectors = self._saved_vectors if goes_on else None
+        check_values(saved, self._fragments, vectors, self._rules)
 
     @_outside_inference_mode
     def load_state_dict(self, saved: Mapping[str, Any], *, same_ranks: bool = True) -> bool:
@@ -496,7 +497,6 @@ class Engine:
         self.drain()
         started = saved["started"] and self._goes_on(same_ranks=same_ranks)
         if started:
-            # First of all, since an optimizer says only now that a state does not fit.
             for fragment, values in zip(self._fragments, saved["fragments"], strict=True):
                 fragment.allocate(self._rules.vectors)
                 fragment.load_kept(self._rules, values["kept"])
