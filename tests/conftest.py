@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, as the ranks have, so that the same sums round alike."""
+"""What holds for every test: threads, the order, and how long one may take."""
 
 from typing import Any
 
@@ -8,7 +8,14 @@ import torch
 
 from tests.harness import scaled
 
+# As the ranks have, so that the same sums round alike.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that at the end no worker is left alone with one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.hookimpl(tryfirst=True, optionalhook=True)

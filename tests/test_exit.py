@@ -47,14 +47,14 @@ def with_gradients_just_averaged(rank):
 def main(folder, scenario, end, rank):
     torch.set_num_threads(1)
     store = f"file://{folder / scenario}-{end}"
-    minute = timedelta(minutes=1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=minute)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=TIMEOUT)
     {"round": with_a_round_in_flight, "gradients": with_gradients_just_averaged}[scenario](rank)
     if end == "destroy":
         dist.destroy_process_group()
 
 
 folder, scenarios, ends = Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3].split(",")
+TIMEOUT = timedelta(seconds=float(sys.argv[4]))
 children = {}
 for name in [(s, e, r) for s in scenarios for e in ends for r in range(2)]:
     if (pid := os.fork()) == 0:
@@ -76,13 +76,14 @@ else:
 def statuses(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[int]]:
     """The exit codes of both ranks, by scenario and end."""
     folder = tmp_path_factory.mktemp("ends")
+    names, limit = [",".join(SCENARIOS), ",".join(ENDS)], scaled(60)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder), ",".join(SCENARIOS), ",".join(ENDS)],
+        [sys.executable, "-c", PROGRAM, str(folder), *names, str(limit)],
         cwd=Path(__file__).parent.parent,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=scaled(60),
+        timeout=limit,
         check=False,
     )
     assert done.returncode == 0, done.stderr

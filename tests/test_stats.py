@@ -83,7 +83,7 @@ def arrived_and_evaluated(case: Case) -> list[commhooks.Stats]:
     """When the round has arrived, and when an evaluation has waited for it."""
     trainer = Trainer(case)
     trainer.step()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while trainer.state.stats.rounds_completed < 1 and time.monotonic() < deadline:
         time.sleep(0.001)
     seen = [trainer.state.stats]

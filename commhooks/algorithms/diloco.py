@@ -88,13 +88,21 @@ class DiLoCo(CommHookState):
         return "z"
 
     def fit(self, parameters: Mapping[str, Tensor]) -> None:
-        """Build the outer optimizer once, without memory behind it, to see whether it objects."""
+        """Build the outer optimizer, and let one like it make a step, to see whether it objects.
+
+        Some object to a shape when they are built, and others to a device, or to a step without a
+        closure, when they step.
+        """
         shapes: list[Tensor] = [
             torch.nn.Parameter(torch.empty(real(p).shape, device="meta"))
             for p in parameters.values()
         ]
+        some = next(iter(parameters.values()))
+        matrix = torch.nn.Parameter(torch.zeros(2, 2, device=some.device))
+        matrix.grad = torch.zeros_like(matrix)
         try:
             self.outer(shapes)
+            self.outer([matrix]).step()
         except Exception as error:
             raise RegistrationError(
                 f"The outer optimizer does not take these parameters ({', '.join(parameters)}): "

@@ -28,6 +28,7 @@ _COUNTERS = {
     "schedule": ("step", "origin"),
     "meter": ("rounds_launched", "rounds_used", "bytes_reduced"),
 }
+_IDENTITY = ("format", "algorithm", "hyperparameters", "world_size", "rank")
 _SECONDS = ("seconds_exposed", "seconds_hidden")
 _FLAGS = ("started", "drifted", "disabled")
 
@@ -95,6 +96,14 @@ def check_values(
     Raises:
         CheckpointError: it is; what is wrong is named.
     """
+    unknown = set(saved) - {*_IDENTITY, *_COUNTERS, *_FLAGS, "fragments"}
+    if unknown:
+        _refuse(
+            "the dictionary", "what state.state_dict() gave", f"also {sorted(map(repr, unknown))}"
+        )
+    size, rank = saved.get("world_size"), saved.get("rank")
+    if _counter(rank, "rank") >= _counter(size, "world_size"):
+        _refuse("rank", f"below {size}", rank)
     for group, names in _COUNTERS.items():
         values = _mapping(saved, group)
         for name in names:

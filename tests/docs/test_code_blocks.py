@@ -1,7 +1,7 @@
 """Pins that the Python of README and docs runs, block after block of a page in one namespace.
 
 Fences of ``python`` are run as they are; on the pages in ``PROGRAMS`` each is a complete program,
-which is launched on its own. Those of ``py``, fragments of somebody's larger program, and of
+which is run on its own. Those of ``py``, fragments of somebody's larger program, and of
 ``diff``, with what they add, are run after what the program has before them.
 """
 
@@ -15,7 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness import run_ranks
+from tests.harness import preload, run_ranks
+from tests.harness.script import run_script
+
+preload("tests.framework_imports")
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -122,23 +125,12 @@ def test_program_runs_in_a_file_of_its_own(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(RECIPES))
-    from common.launch import launch
-
     imported = set(re.findall(r"^(?:from|import) (\w+)", program, re.MULTILINE))
     needed = imported & EXTRAS
     if not all(find_spec(package) for package in needed):
         pytest.skip("needs the extra frameworks")
     script = tmp_path / "script.py"
     script.write_text((TORCHVISION if needed else "") + program)
-    path = os.pathsep.join([str(RECIPES), str(ROOT)])
-    launch(
-        script,
-        [],
-        workers=2,
-        capture=True,
-        timeout=110.0,
-        environment={"PYTHONPATH": path},
-        cwd=tmp_path,
-    )
+    run_script(script, [], 2, folder=tmp_path, timeout=110.0)
     saved = {path.name for path in tmp_path.iterdir()}
     assert saved & {"model", "model.pt", "model.ckpt"}

@@ -1,55 +1,51 @@
-"""Pins that a child that a rank has forked may leave through ``sys.exit``.
+"""Pins that a child that a rank has forked gets through the library's callbacks at exit.
 
-Its copy of the process has the library's callbacks at exit, and none of the backend's threads.
+It has a copy of them and none of the backend's threads. What torch itself does after them is left
+out: its destructors of a gloo group wait for those threads for ever, without this library too.
 """
 
-import subprocess
-import sys
-from contextlib import ExitStack
-from pathlib import Path
-
-import pytest
-
-SCRIPT = """
+import atexit
 import os
-import sys
-import torch
-import torch.distributed as dist
-from tests.cases import one_case
+import signal
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tests.cases import Case
+from tests.expected import assert_follows, reference_trajectory
+from tests.harness import run_ranks
 from tests.training import Trainer
 
-folder, rank, algorithm = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-trainer = Trainer(one_case(algorithm, 3))
-for step in range(1, 9):
-    if step in (2, 7) and not os.fork():  # with nothing in flight, and with a round
-        sys.exit(0)
-    trainer.step()
-    if step in (2, 7):
-        _, status = os.wait()
-        assert os.waitstatus_to_exitcode(status) == 0, f"the child left with {status}"
-trainer.state.finish()
-dist.destroy_process_group()
-"""
+
+def forked(cases: Sequence[Case]) -> list[tuple[list[Tensor], list[int]]]:
+    """The trajectory, and the exit codes of children forked with and without a round in flight."""
+    runs = []
+    for case in cases:
+        trainer = Trainer(case)
+        steps, codes = [], []
+        for step in range(1, case.steps + 1):
+            steps.append(trainer.step())
+            if step in (1, 4):
+                codes.append(exit_code_of_a_child())
+        runs.append((steps, codes))
+    return runs
 
 
-@pytest.mark.parametrize("algorithm", ["LocalSGD", "OverlapLocalSGD", "AllReduce"])
-def test_a_forked_child_leaves_cleanly(algorithm: str, tmp_path: Path) -> None:
-    with ExitStack() as stack:
-        ranks = [
-            stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-c", SCRIPT, str(tmp_path), str(rank), algorithm],
-                    cwd=Path(__file__).parent.parent.parent,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-            for rank in range(2)
-        ]
-        for rank in ranks:
-            stack.callback(rank.kill)
-        errors = [rank.communicate(timeout=90)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+def exit_code_of_a_child() -> int:
+    if not os.fork():
+        signal.alarm(10)  # for a child that waits for threads that it does not have
+        atexit._run_exitfuncs()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.wait()[1])
+
+
+def test_a_forked_child_leaves_cleanly() -> None:
+    """Its exit joined threads of the parent's groups: an abort, or a wait without end."""
+    cases = [
+        Case("LocalSGD", {"tau": 3}, steps=5),
+        Case("OverlapLocalSGD", {"tau": 3}, steps=5),
+        Case("AllReduce", steps=5),
+    ]
+    for case, *runs in zip(cases, *run_ranks(forked, 2, cases, timeout=100.0), strict=True):
+        assert_follows(case, [steps for steps, _ in runs], reference_trajectory(case, 2))
+        assert [codes for _, codes in runs] == [[0, 0], [0, 0]]

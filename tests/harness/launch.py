@@ -35,8 +35,12 @@ _context.set_forkserver_preload(_preloaded)
 
 
 def preload(module: str) -> None:
-    """Have the fork server import ``module`` as well, unless it runs already."""
-    _preloaded.append(module)
+    """Have the fork server import ``module`` as well, unless it runs already.
+
+    For the top of a file whose ranks would take long to import it.
+    """
+    if module not in _preloaded:
+        _preloaded.append(module)
     _context.set_forkserver_preload(_preloaded)
 
 

@@ -17,6 +17,7 @@ from commhooks import Stats
 from common.launch import RECIPES
 from common.pace import Pace, pace_of, write_pace
 from common.report import Results, read_results, results_table, write_results
+from tests.harness import scaled
 
 RESULTS = Results(
     name="easgd tau=8",
@@ -46,7 +47,7 @@ def test_both_are_trained_and_shown_side_by_side(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=scaled(110),
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -116,7 +117,7 @@ def test_the_estimate_comes_while_the_run_goes_on(tmp_path: Path) -> None:
     console = Console(width=100, file=io.StringIO())
     with demo.estimating(demo.Demo(), tmp_path, console):
         write_pace(Pace(10, 6.0, 1.0, 2.0, 10), tmp_path / "overlap-local-sgd-pace.json")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + scaled(60)
         while not console.file.getvalue() and time.monotonic() < deadline:  # type: ignore[attr-defined]
             time.sleep(0.01)
     assert "the whole demo takes about" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ import common.torchvision_cpu  # noqa: F401
 from common.launch import RECIPES, launch
 from common.text import load_text, python_text
 from common.transformer import ByteTransformer
+from tests.harness import scaled
 from tests.recipes.runs import TIMEOUT
 
 pytestmark = pytest.mark.slow
@@ -41,7 +42,7 @@ def fit(recipe: str, folder: Path, *arguments: str) -> tuple[dict[str, Any], str
         ],
         workers=2,
         capture=True,
-        timeout=TIMEOUT,
+        timeout=scaled(TIMEOUT),
         cwd=folder,
     )
     return json.loads((folder / "results.json").read_text()), printed

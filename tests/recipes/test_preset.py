@@ -108,8 +108,8 @@ def test_its_learning_rate_is_for_16_workers(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.slow
 def test_it_starts(tmp_path: Path) -> None:
     data = tmp_path / "data"
-    write_cifar10(data, per_batch=8)
-    preset = ("--preset", "paper", "--data-dir", str(data), "--batch-size", "8")
+    write_cifar10(data, per_batch=4)
+    preset = ("--preset", "paper", "--data-dir", str(data), "--batch-size", "4")
     results = train(
         tmp_path,
         "overlap-local-sgd",

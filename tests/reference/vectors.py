@@ -13,10 +13,11 @@ def flat(parameters: Iterable[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def write(vector: Tensor, parameters: Iterable[Tensor]) -> None:
-    """Copy the parts of ``vector`` into the parameters."""
+    """Copy the parts of ``vector`` into the parameters; it is complex if one of them is."""
     offset = 0
     for p in parameters:
-        p.copy_(vector[offset : offset + p.numel()].view_as(p))
+        part = vector[offset : offset + p.numel()].view_as(p)
+        p.copy_(part.real if part.is_complex() and not p.is_complex() else part)
         offset += p.numel()
 
 

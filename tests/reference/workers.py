@@ -31,9 +31,10 @@ class Workers:
         self.models = [copy.deepcopy(model) for _ in range(size)]
         self.optimizers = [optimizer(each) for each in self.models]
         self.steps = 0
+        self.boundary_run = False
         self.started_at = warmup_steps
         if warmup_steps == 0:
-            algorithm.start(self.x)
+            self._start()
 
     @property
     def x(self) -> list[Tensor]:
@@ -42,6 +43,22 @@ class Workers:
     @property
     def consensus(self) -> Tensor:
         return mean(self.x)
+
+    @property
+    def gamma(self) -> Tensor:
+        """The learning rate of every number in x, the same on every worker."""
+        rates = {
+            id(p): float(group["lr"])
+            for optimizer in self.optimizers[0]
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        return torch.cat(
+            [
+                torch.full((p.numel(),), rates.get(id(p), 0.0), dtype=torch.float64)
+                for p in _trained(self.models[0])
+            ]
+        )
 
     @property
     def all_optimizers(self) -> list[Optimizer]:
@@ -53,20 +70,43 @@ class Workers:
         skipped: Container[tuple[int, int]] = (),
     ) -> list[Tensor]:
         """One step of every worker, without the optimizers of a ``(rank, step)`` in ``skipped``."""
+        self.backward(gradient)
+        for number in range(len(self.optimizers[0])):
+            self.optimize(number, skipped)
+        return self.end_step()
+
+    # A step in its parts, for loops that do something between them.
+
+    def backward(self, gradient: Callable[[nn.Module, int, int], object]) -> None:
+        """Everybody's gradients of the next step; in warm-up their mean."""
         self.steps += 1
+        self.boundary_run = False
         for rank, model in enumerate(self.models):
             model.zero_grad()
             gradient(model, rank, self.steps)
         if self.algorithm.tau is None or self.steps <= self.warmup_steps:
             self._average_gradients()
+
+    def optimize(self, number: int, skipped: Container[tuple[int, int]] = ()) -> None:
+        """Everybody's ``number``-th optimizer, but for those who skip this step."""
         for rank, optimizers in enumerate(self.optimizers):
-            for optimizer in optimizers:
-                if (rank, self.steps) not in skipped:
-                    optimizer.step()
+            if (rank, self.steps) not in skipped:
+                optimizers[number].step()
+
+    def run_due_boundary(self) -> None:
+        """What an evaluation or a checkpoint between the parts of a step begins with."""
+        local = self.algorithm.tau is not None and self.steps > self.started_at
+        if local and not self.boundary_run:
+            k = self.steps - self.started_at
+            self._assign(self.algorithm.step(k, self.x, self.gamma))
+            self.boundary_run = True
+
+    def end_step(self) -> list[Tensor]:
+        """The end of warm-up or a boundary, if this step is one; everybody's parameters."""
         if self.steps == self.warmup_steps:
-            self.algorithm.start(self.x)
-        elif self._at_boundary():
-            self._assign(self.algorithm.boundary(self.x))
+            self._start()
+        else:
+            self.run_due_boundary()
         return self.x
 
     def finish(self) -> Tensor:
@@ -75,12 +115,11 @@ class Workers:
         self._assign([consensus for _ in self.models])
         if self.steps >= self.warmup_steps:
             self.started_at = self.steps
-            self.algorithm.start(self.x)
+            self._start()
         return consensus
 
-    def _at_boundary(self) -> bool:
-        since = self.steps - self.started_at
-        return self.algorithm.tau is not None and since > 0 and since % self.algorithm.tau == 0
+    def _start(self) -> None:
+        self.algorithm.start(self.x, _named(self.models[0]))
 
     def _assign(self, x: Sequence[Tensor]) -> None:
         for model, xi in zip(self.models, x, strict=True):
@@ -95,8 +134,12 @@ class Workers:
                     p.grad = average.clone()
 
 
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def _trained(model: nn.Module) -> list[Tensor]:
-    return [p for p in model.parameters() if p.requires_grad]
+    return list(_named(model).values())
 
 
 def _widened(x: Tensor) -> Tensor:

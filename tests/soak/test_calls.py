@@ -6,7 +6,8 @@ the same collective calls; what is a rank's own (a skipped step, a checkpoint) d
 
 import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,17 +15,29 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 import commhooks
 from tests.cases import PERIODIC, Case, with_tau
 from tests.expected import assert_close, reference_workers
 from tests.harness import run_ranks
 from tests.reference import AllReduce
-from tests.training import Trainer
+from tests.training import Form, Trainer
+from tests.workload import (
+    Backward,
+    MakeModel,
+    batch,
+    gradient,
+    initialise,
+    nesterov_sgd,
+    ragged_model,
+    weights_and_biases,
+)
 
 CALLS = (
     *("step", "skip", "averaged", "nested", "refused", "train_inside"),
     *("save", "load", "finish", "disable", "evaluate", "raise"),
+    *("averaged_before", "averaged_between", "save_before", "save_between", "evaluate_between"),
 )
 Calls = Sequence[str]
 
@@ -34,18 +47,93 @@ sequences = st.lists(
 """Half of the calls are steps, so that boundaries are reached."""
 
 
+# Models.
+
+
+class InItsOwnDtype(nn.Sequential):
+    """Every layer computes in the format of its parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = torch.tanh(layer(x.to(next(layer.parameters()).dtype)))
+        return x
+
+
+def complex_model(dtype: torch.dtype) -> nn.Module:
+    """Complex weights between real ones."""
+    real, imaginary = torch.float64, torch.complex128
+    layers = nn.Linear(5, 4, dtype=real), nn.Linear(4, 4, dtype=imaginary)
+    return initialise(InItsOwnDtype(*layers, nn.Linear(4, 3, bias=False, dtype=imaginary)))
+
+
+def mixed_model(dtype: torch.dtype) -> nn.Module:
+    """In an order that no bucket of one format fits."""
+    formats = (torch.float64, torch.float32, torch.float64)
+    layers = [nn.Linear(5 - n, 4 - n, dtype=each) for n, each in enumerate(formats)]
+    return initialise(InItsOwnDtype(*layers))
+
+
+def magnitudes(model: nn.Module, rank: int, step: int) -> None:
+    """Mean squared error of the outputs' magnitudes."""
+    x, y = batch(rank, step, torch.float64)
+    out = model(x).abs().double()
+    torch.autograd.backward(nn.functional.mse_loss(out, y[:, : out.shape[1]]))
+
+
+@dataclass(frozen=True)
+class Loose(Case):
+    """For models that compute in fp32 somewhere."""
+
+    @property
+    def tolerance(self) -> float:
+        return 1e-5
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A model, and what is particular about playing with it."""
+
+    model: MakeModel = ragged_model
+    backward: Backward = gradient
+    case: type[Case] = Case
+    scaled: bool = True  # GradScaler takes no complex gradients
+
+
+KINDS = (
+    Kind(),
+    Kind(complex_model, magnitudes, scaled=False),
+    Kind(mixed_model, magnitudes, Loose),
+)
+
+
+@dataclass(frozen=True)
+class Game:
+    """What every rank plays: a case, a form of registration, and the calls."""
+
+    case: Case
+    form: Form
+    scaled: bool
+    calls: Calls
+
+    def __str__(self) -> str:
+        model = self.case.model.__name__
+        return f"{self.case}-{model}-{self.form}-{dict(self.case.ddp)}: {' '.join(self.calls)}"
+
+
 class Model(Trainer):
     """This rank, the reference of all ranks beside it, and the calls that both understand."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, game: Game) -> None:
         # The scale stays 1, so that gradients are not rounded.
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=10**9)
-        super().__init__(case, scaler=self.scaler)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=10**9)
+        self.scaler = scaler if game.scaled else None
+        super().__init__(game.case, game.form, scaler=self.scaler)
+        # Nobody tells the state of a step that is skipped: its boundary waits for the next call.
+        self.skips_unseen = not game.scaled or game.form == "hook"
         self.overflows: set[tuple[int, int]] = set()
         self.disabled = False
-        self.reference = reference_workers(case, dist.get_world_size())
+        self.reference = reference_workers(game.case, dist.get_world_size())
         self.rounds = 0
-        self.saved: dict[str, Any] | None = None
 
     def play(self, call: str) -> None:
         getattr(self, f"on_{call}")()
@@ -57,24 +145,36 @@ class Model(Trainer):
         assert stats.step == self.steps, call
         assert stats.rounds_launched == self.rounds, call
 
-    def on_step(self) -> None:
-        self.step()
-        self.reference.step(self.case.backward, self.overflows)
-        since = self.steps - self.reference.started_at
-        if not self.averages_gradients(self.steps) and since % self.case.tau == 0:
-            self.rounds += 1
+    def on_step(self, place: int = -1, look: Callable[[], None] | None = None) -> None:
+        """A step, with a look before its ``place``-th optimizer steps."""
+        self.steps += 1
+        self.backward()
+        self.reference.backward(self.case.backward)
+        skips = (self.rank, self.steps) in self.overflows
+        if skips and self.scaler is not None:
+            for p in self.model.parameters():  # every optimizer looks at its own alone
+                p.grad.fill_(float("inf"))  # type: ignore[union-attr]
+        for number, optimizer in enumerate(self.optimizers):
+            if number == place and look is not None:
+                look()
+            if self.scaler is not None:
+                self.scaler.scale(torch.zeros(()))
+                self.scaler.step(optimizer)
+            elif not skips:
+                optimizer.step()
+            self.reference.optimize(number, self.overflows)
+        if self.scaler is not None:
+            self.scaler.update(1.0)
+        self.model.zero_grad()
+        self.reference.end_step()
+        if not self.averages_gradients(self.steps):
+            k = self.steps - self.reference.started_at
+            self.rounds += self.case.rounds(k) - self.case.rounds(k - 1)
+        if self.overflows and self.skips_unseen:
+            self.state.state_dict()
 
     def averages_gradients(self, step: int) -> bool:
         return self.disabled or step <= self.case.warmup_steps
-
-    def optimize(self) -> None:
-        if (self.rank, self.steps) in self.overflows:
-            next(p for p in self.model.parameters()).grad.fill_(float("inf"))  # type: ignore[union-attr]
-        for optimizer in self.optimizers:
-            self.scaler.scale(torch.zeros(()))
-            self.scaler.step(optimizer)
-        self.scaler.update(1.0)
-        self.model.zero_grad()
 
     def on_skip(self) -> None:
         """A step whose gradient overflows: on one rank, or on all where they are averaged."""
@@ -82,6 +182,33 @@ class Model(Trainer):
         ranks = range(size) if self.averages_gradients(number) else [number % size]
         self.overflows.update((rank, number) for rank in ranks)
         self.on_step()
+
+    # Looks between a backward and its optimizers' steps: a boundary that is due runs first, on the
+    # parameters as they are.
+
+    def on_averaged_before(self) -> None:
+        self.on_step(0, self.look_averaged)
+
+    def on_averaged_between(self) -> None:
+        self.on_step(1, self.look_averaged)
+
+    def on_save_before(self) -> None:
+        self.on_step(0, self.look_save)
+
+    def on_save_between(self) -> None:
+        self.on_step(1, self.look_save)
+
+    def on_evaluate_between(self) -> None:
+        """The forward of an evaluation alone runs no boundary."""
+        self.on_step(1, self.on_evaluate)
+
+    def look_averaged(self) -> None:
+        self.reference.run_due_boundary()
+        self.on_averaged()
+
+    def look_save(self) -> None:
+        self.reference.run_due_boundary()
+        self.on_save()
 
     def on_disable(self) -> None:
         self.state.disable()
@@ -130,20 +257,20 @@ class Model(Trainer):
             self.state.finish()
 
 
-def play(games: Sequence[tuple[Case, Calls]]) -> None:
-    for case, calls in games:
-        model = Model(case)
+def play(games: Sequence[Game]) -> None:
+    for game in games:
+        model = Model(game)
         try:
-            for call in calls:
+            for call in game.calls:
                 model.play(call)
             model.state.finish()
         except Exception as error:
-            raise AssertionError(f"{case}: {' '.join(calls)}") from error
+            raise AssertionError(str(game)) from error
 
 
-def drawn(number: int, seed: int) -> list[tuple[Case, Calls]]:
+def drawn(number: int, seed: int) -> list[Game]:
     """Games for several ranks, who must all play the same."""
-    games: list[tuple[Case, Calls]] = []
+    games: list[Game] = []
     chance = random.Random(seed)
 
     @settings(
@@ -158,10 +285,34 @@ def drawn(number: int, seed: int) -> list[tuple[Case, Calls]]:
         tau=st.integers(1, 4),
         warmup=st.integers(0, 3),
         name=st.sampled_from(PERIODIC),
+        kind=st.sampled_from(KINDS),
+        form=st.sampled_from(("register", "hook")),
+        optimizers=st.sampled_from((nesterov_sgd, weights_and_biases)),
+        static_graph=st.booleans(),
     )
-    def draw(calls: Calls, tau: int, warmup: int, name: str) -> None:
-        arguments = chance.choice(list(with_tau(name, tau)))
-        games.append((Case(name, arguments, warmup, dtype=torch.float64), calls))
+    def draw(
+        calls: Calls,
+        tau: int,
+        warmup: int,
+        name: str,
+        kind: Kind,
+        form: Form,
+        optimizers: Any,
+        static_graph: bool,
+    ) -> None:
+        case = kind.case(
+            name,
+            chance.choice(list(with_tau(name, tau))),
+            warmup,
+            optimizers,
+            torch.float64,
+            model=kind.model,
+            backward=kind.backward,
+            ddp={"static_graph": True} if static_graph else {},
+        )
+        # The bare form knows all of its optimizers once they have stepped.
+        first = ("step", "step") if form == "hook" else ()
+        games.append(Game(case, form, kind.scaled, (*first, *calls)))
 
     draw()
     return games

@@ -12,9 +12,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import commhooks
 from tests.frameworks import ready_for_frameworks
-from tests.harness import run_ranks
+from tests.harness import preload, run_ranks
 from tests.reference import flat, mean
 from tests.workload import initialise, seeded, trained
+
+preload("tests.framework_imports")
 
 pytestmark = [
     pytest.mark.slow,

@@ -14,9 +14,11 @@ from torch.utils.data import Dataset
 import commhooks
 from commhooks import RegistrationError
 from tests.frameworks import ready_for_frameworks
-from tests.harness import run_ranks
+from tests.harness import preload, run_ranks
 from tests.reference import flat, mean
 from tests.workload import ragged_model, seeded, trained
+
+preload("tests.framework_imports")
 
 pytestmark = [
     pytest.mark.slow,

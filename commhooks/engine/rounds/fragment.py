@@ -128,11 +128,6 @@ class Fragment:
         for bucket in self.buckets:
             bucket.refresh()
 
-    def probes(self) -> list[Tensor]:
-        """Scalars that are NaN or inf if a parameter is."""
-        with torch.no_grad():
-            return [finiteness(chunk.x) for bucket in self.buckets for chunk in bucket.gathered()]
-
     def sweep(self, rules: Rules, *names: str) -> list[Tensor]:
         """Apply rules to the model, chunk by chunk; ``mix`` alone writes to the parameters.
 
