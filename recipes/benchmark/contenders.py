@@ -113,11 +113,20 @@ def contenders() -> list[Contender]:
         Contender("commhooks CoCoDSGD", "overlapped", _ours(commhooks.CoCoDSGD)),
         Contender("commhooks SlowMo", "blocking", _ours(commhooks.SlowMo)),
         Contender("commhooks DiLoCo", "blocking", _ours(commhooks.DiLoCo)),
-        Contender(DELAYED, "overlapped", _ours(lambda tau: commhooks.DiLoCo(tau, delay=tau))),
+        Contender(
+            DELAYED,
+            "overlapped",
+            # Replacing the local models at the very launch would throw away all that was learnt.
+            _ours(lambda tau: commhooks.DiLoCo(tau, delay=tau, alpha=0.5)),
+        ),
         Contender(
             STREAMING,
             "overlapped",
-            _ours(lambda tau: commhooks.DiLoCo(tau, fragments=_FRAGMENTS, delay=tau // _FRAGMENTS)),
+            _ours(
+                lambda tau: commhooks.DiLoCo(
+                    tau, fragments=_FRAGMENTS, delay=tau // _FRAGMENTS, alpha=0.5
+                )
+            ),
             fragments=_FRAGMENTS,
         ),
     ]

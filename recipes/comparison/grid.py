@@ -207,9 +207,9 @@ GRIDS = {
         algorithms=(
             "ddp",
             "diloco:outer_momentum=0.5",
-            "diloco:outer_momentum=0.5,delay=tau",
-            "diloco:outer_momentum=0.5,delay=tau,alpha=0.5",
-            "diloco:outer_momentum=0.5,delay=tau,merge=carry",
+            "diloco:outer_momentum=0.5,delay=tau/2",
+            "diloco:outer_momentum=0.5,delay=tau/2,alpha=0.5",
+            "diloco:outer_momentum=0.5,delay=tau/2,merge=carry",
             "diloco:outer_momentum=0.5,delay=tau/4,fragments=4,alpha=0.5",
         ),
         tau=(4, 16, 64),
