@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from tests import reference
 from tests.cases import Case
 from tests.expected import assert_follows, reference_trajectory, reference_workers
 from tests.harness import run_ranks
 from tests.test_checkpoint import resumed, saved
 from tests.training import Form, Trainer
-from tests.workload import trained
+from tests.workload import plain_sgd, trained
 
 Schedule = Callable[[int], float]
 """The factor of a learning rate after so many steps."""
@@ -171,3 +172,34 @@ def test_rates_are_part_of_a_checkpoint(form: Form) -> None:
     """What is remembered is in units of the last boundary's learning rate."""
     case = Case("SlowMo", {"tau": 2, "beta": 0.7}, 1, groups_of_sgd, steps=9)
     assert run_ranks(resumed_between_rates, 2, case, form) == [True, True]
+
+
+def off_at_boundaries(step: int) -> float:
+    """0 in the third step of every three, where u would have no finite value."""
+    return (1.0, 0.5, 0.0)[step % 3]
+
+
+def test_a_rate_of_zero_at_a_boundary() -> None:
+    """What was learnt at other rates counts, and what is remembered is left as it is."""
+    case = Case(
+        "SlowMo", {"tau": 3, "beta": 0.7}, optimizers=plain_sgd, dtype=torch.float64, steps=12
+    )
+    todo: list[Run] = [(case, (off_at_boundaries,))]
+    (real,) = zip(*run_ranks(scheduled, 2, todo, "register"), strict=True)
+    workers = reference_workers(case, 2)
+    each = [s for made in workers.optimizers for s in schedulers(made, (off_at_boundaries,))]
+    algorithm = workers.algorithm = AtARateOfOne(3, 0.7)
+    algorithm.start(workers.x, {})
+    steps = []
+    for _ in range(case.steps):
+        steps.append(workers.step(case.backward))
+        for scheduler in each:
+            scheduler.step()
+    assert_follows(case, real, steps)
+
+
+class AtARateOfOne(reference.SlowMo):
+    """The recursion in units of parameters, which knows no learning rate."""
+
+    def step(self, k: int, x: Sequence[Tensor], gamma: Tensor) -> Sequence[Tensor]:
+        return super().step(k, x, torch.ones_like(gamma))
