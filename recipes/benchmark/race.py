@@ -267,17 +267,20 @@ class _Turn:
         if not self._plan.counted:
             return None
         peak = 0
-        # One more, since what an overlapped one launches after a step leaves during the next.
-        for _ in range(self.steps_per_window + (self._kind == "overlapped")):
+        # One more, since what ours launch after the last step leaves during the next.
+        ours = self._kind == "overlapped" and self._attached.state is not None
+        for _ in range(self.steps_per_window + ours):
             before = self._count()
             self._step()
             peak = max(peak, self._count() - before)
+        # The next contender is not to share its link with what was launched last.
+        self._land()
         return peak
 
     def _land(self) -> None:
-        """Let the last round arrive, so that its bytes are counted."""
+        """Let what is in flight arrive, so that its bytes are counted, and as this contender's."""
         state = self._attached.state
-        if state is None:
+        if state is None or self._kind == "step":
             # torchft's last round has been used; the window ends with nothing in flight.
             return
         while state.stats.rounds_completed < state.stats.rounds_launched:
