@@ -32,6 +32,8 @@ _ACCURACY = "test accuracy (%)"
 _CURVE_HEIGHT = 1.9
 # About as many markers on a curve, whatever its length.
 _MARKERS = 6
+# Letters of a legend's label that leave room for another beside it.
+_LETTERS = 28
 # A method's place beside its neighbours where several share a tau, in steps of the tau axis.
 _DODGE = 0.09
 
@@ -85,7 +87,7 @@ def draw_curves(
 ) -> None:
     """A metric against an axis, one panel for every tau and partition."""
     panels = panels_of(results)
-    columns = 2 if len(panels[0]) == 1 else 4
+    columns = _legend_columns(style, one_panel=len(panels[0]) == 1)
     with canvas(
         len(panels),
         len(panels[0]),
@@ -107,6 +109,13 @@ def draw_curves(
         label_axes(axes, axis.label, _LOSS if metric.endswith("loss") else _ACCURACY)
         legend_of_lines(figure, style, columns)
         save(figure, path)
+
+
+def _legend_columns(style: Looks, *, one_panel: bool) -> int:
+    """As many as have room for the longest label, below one panel or below the width of a page."""
+    columns = 2 if one_panel else 4
+    longest = max(len(method.label) for method in style)
+    return columns if longest <= _LETTERS else columns // 2
 
 
 def _curves(axes: Axes, panel: Panel, style: Looks, metric: str, axis: Axis) -> None:
@@ -227,7 +236,7 @@ def _draw_quality_over(
 ) -> None:
     """The quality at ``places``, that are evenly apart; ``place`` says where a cell belongs."""
     partitions = list(dict.fromkeys(result.cell.partition for result in results))
-    columns = 2 if len(partitions) == 1 else 4
+    columns = _legend_columns(style, one_panel=len(partitions) == 1)
     with canvas(
         1,
         len(partitions),
