@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,8 @@ from commhooks.errors import RegistrationError
 from commhooks.hyperparameters import Count, Fragments, Outer, Steps, Unit, one_of, refusal
 
 __all__ = ["DiLoCo"]
+
+logger = logging.getLogger("commhooks")
 
 _NESTEROV = partial(SGD, lr=0.7, momentum=0.9, nesterov=True)
 """The outer optimizer of the paper."""
@@ -87,6 +90,15 @@ class DiLoCo(CommHookState):
     def reference(self) -> str:
         """The global model."""
         return "z"
+
+    def resolve(self, m: int) -> None:
+        """Warn of the one setting that learns nothing."""
+        if self.merge == "blend" and self.alpha == 0 and self.delay == self.tau:
+            logger.warning(
+                "commhooks: DiLoCo with delay=tau and alpha=0 replaces each model by z just before "
+                "the next launch, so that there is nothing left to average and nothing is learnt. "
+                'Take merge="carry", an alpha above 0, or a shorter delay.'
+            )
 
     def fit(self, parameters: Mapping[str, Tensor]) -> None:
         """Build the outer optimizer, and let one like it make a step, to see whether it objects.
