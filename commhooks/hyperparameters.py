@@ -70,7 +70,10 @@ def _names(name: str, value: object) -> tuple[str, ...]:
 
 def _fragments(name: str, value: object) -> int | tuple[tuple[str, ...], ...]:
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
-        return tuple(_names(f"{name}[{number}]", each) for number, each in enumerate(value))
+        for number, each in enumerate(value):
+            if not _names(f"{name}[{number}]", each):
+                raise refusal(f"{name}[{number}]", each, "at least one name")
+        return tuple(map(tuple, value))
     return _integer_from(1)(name, value)  # type: ignore[no-any-return]
 
 
@@ -78,7 +81,11 @@ def _builder(name: str, value: object) -> Callable[[list[Tensor]], Optimizer]:
     if not callable(value):
         raise refusal(name, value, "a function that builds an optimizer from a list of parameters")
     # Here rather than at the end of warm-up.
-    built = value([torch.nn.Parameter(torch.zeros(2, 2))])
+    try:
+        built = value([torch.nn.Parameter(torch.zeros(2, 2))])
+    except Exception as error:
+        wanted = f"a builder of a torch.optim.Optimizer (it raised {error!r})"
+        raise refusal(name, value, wanted) from error
     if not isinstance(built, Optimizer):
         raise refusal(name, value, f"a builder of a torch.optim.Optimizer (it built {built!r})")
     return value

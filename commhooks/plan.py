@@ -17,7 +17,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ALGORITHMS", "Algorithm", "Network", "Prediction", "Work", "parse_rate", "predict"]
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "Network",
+    "Prediction",
+    "Work",
+    "algorithms",
+    "hiding_delay",
+    "hiding_tau",
+    "parse_rate",
+    "predict",
+]
 
 # An Ethernet frame of 1514 bytes carries 1448 of them, the rest is Ethernet's, IP's and TCP's.
 _HEADERS = 1514 / 1448
@@ -71,25 +82,48 @@ class Algorithm:
     """When an algorithm communicates, and what it keeps.
 
     Attributes:
-        name: of the state.
-        kind: "step", "blocking" or "overlapped".
+        name: of the state, with the arguments that matter here.
+        kind: "step" (gradients, at every step), "blocking" or "overlapped".
         models: extra memory, in units of the parameters.
+        fragments: parts of the model whose rounds take turns.
+        delay: from the launch of an overlapped round to its landing, in units of tau.
     """
 
     name: str
     kind: str
     models: int
+    fragments: int = 1
+    delay: float = 1.0
+
+    def delay_steps(self, tau: int) -> int:
+        """Steps from the launch of a round to its landing; a blocking one lands at once."""
+        return math.floor(self.delay * tau) if self.kind == "overlapped" else 0
 
 
-ALGORITHMS = (
-    Algorithm("AllReduce", "step", 0),
-    Algorithm("LocalSGD", "blocking", 1),
-    Algorithm("BMUF", "blocking", 3),
-    Algorithm("OverlapLocalSGD", "overlapped", 1),
-    Algorithm("OverlapLocalSGD, beta > 0", "overlapped", 3),
-    Algorithm("EASGD", "overlapped", 1),
-    Algorithm("CoCoDSGD", "overlapped", 2),
-)
+def algorithms(fragments: int = 4) -> tuple[Algorithm, ...]:
+    """All algorithms; the streaming form of DiLoCo with so many fragments.
+
+    DiLoCo is taken with its default, an SGD with momentum outside: it keeps z, the wire and the
+    momentum. An outer optimizer without state takes 1 model less, AdamW 1 more.
+    """
+    streaming = f"DiLoCo, fragments={fragments}, delay=tau/{fragments}"
+    return (
+        Algorithm("AllReduce", "step", 0),
+        Algorithm("LocalSGD", "blocking", 1),
+        Algorithm("BMUF", "blocking", 3),
+        Algorithm("SlowMo", "blocking", 3),
+        Algorithm("DiLoCo", "blocking", 3),
+        Algorithm("DiLoCo, delay=tau", "overlapped", 3),
+        Algorithm("DiLoCo, delay=tau, merge=carry", "overlapped", 4),
+        Algorithm(streaming, "overlapped", 3, fragments, 1 / fragments),
+        Algorithm("OverlapLocalSGD", "overlapped", 1),
+        Algorithm("OverlapLocalSGD, beta > 0", "overlapped", 3),
+        Algorithm("EASGD", "overlapped", 1),
+        Algorithm("CoCoDSGD", "overlapped", 2),
+    )
+
+
+ALGORITHMS = algorithms()
 
 
 @dataclass(frozen=True)
@@ -99,17 +133,25 @@ class Prediction:
     Attributes:
         algorithm: which one.
         tau: steps between averagings; 1 for what averages gradients at every step.
+        delay: steps from the launch of a round to its landing.
         step: seconds of a step, communication included.
         exposed: seconds of communication that the training thread waits for, a step.
+        hiding: seconds that the steps of the delay compute, under which a round is hidden.
+        round: bytes of one round's payload: a fragment, or the gradients of a step.
         sent: bytes on each link, headers included, a step.
+        peak: the most bytes that the rounds launched after one step put on each link.
         memory: extra bytes.
     """
 
     algorithm: Algorithm
     tau: int
+    delay: int
     step: float
     exposed: float
+    hiding: float
+    round: float
     sent: float
+    peak: float
     memory: float
 
 
@@ -122,21 +164,27 @@ def predict(algorithm: Algorithm, tau: int, work: Work, network: Network) -> Pre
         work: what is trained.
         network: what joins the ranks.
     """
-    reduction = network.all_reduce_seconds(work.payload)
+    fragments, part = algorithm.fragments, work.payload / algorithm.fragments
     if algorithm.kind == "step":
         tau = 1
         exposed = _exposed_under_backward(work, network)
-    elif algorithm.kind == "blocking":
-        exposed = reduction / tau
     else:
-        # A round takes the longer of the two: the all-reduce, or the steps that hide it.
-        exposed = max(0.0, reduction / tau - work.step)
+        # A round is hidden by the steps before it lands, but a link carries one after the other:
+        # where they take longer than the steps from one launch to the next, they set the pace.
+        under = min(algorithm.delay_steps(tau), tau / fragments) * work.step
+        exposed = fragments / tau * max(0.0, network.all_reduce_seconds(part) - under)
+    delay = algorithm.delay_steps(tau)
     return Prediction(
         algorithm=algorithm,
         tau=tau,
+        delay=delay,
         step=work.step + exposed,
         exposed=exposed,
+        hiding=delay * work.step,
+        round=part,
         sent=network.wire_bytes(work.payload) / tau,
+        # With more fragments than steps, several are launched after the same one.
+        peak=math.ceil(fragments / tau) * network.wire_bytes(part),
         memory=algorithm.models * work.payload,
     )
 
@@ -144,6 +192,11 @@ def predict(algorithm: Algorithm, tau: int, work: Work, network: Network) -> Pre
 def hiding_tau(work: Work, network: Network) -> int:
     """The smallest tau whose steps take as long as the all-reduce they are to hide."""
     return max(1, math.ceil(network.all_reduce_seconds(work.payload) / work.step))
+
+
+def hiding_delay(work: Work, network: Network, fragments: int = 1) -> int:
+    """The smallest delay, in steps, under which the round of one of ``fragments`` is hidden."""
+    return max(1, math.ceil(network.all_reduce_seconds(work.payload / fragments) / work.step))
 
 
 def parse_rate(text: str) -> float:
@@ -175,19 +228,21 @@ def _exposed_under_backward(work: Work, network: Network) -> float:
     return max(0.0, free_at - work.step)
 
 
-def _table(work: Work, network: Network, taus: Sequence[int]) -> str:
-    heading = ("algorithm", "tau", "step (ms)", "exposed (ms)", "MB/step", "memory (MB)")
+def _table(shown: Sequence[Algorithm], work: Work, network: Network, taus: Sequence[int]) -> str:
+    heading = ("algorithm", "tau", "delay", "step", "exposed", "MB/step", "peak MB", "memory MB")
     rows = [heading]
-    for algorithm in ALGORITHMS:
+    for algorithm in shown:
         for tau in (1,) if algorithm.kind == "step" else taus:
             found = predict(algorithm, tau, work, network)
             rows.append(
                 (
                     algorithm.name,
                     str(found.tau),
+                    str(found.delay),
                     f"{found.step * 1e3:,.1f}",
                     f"{found.exposed * 1e3:,.1f}",
                     f"{found.sent / 1e6:,.1f}",
+                    f"{found.peak / 1e6:,.1f}",
                     f"{found.memory / 1e6:,.0f}",
                 )
             )
@@ -231,18 +286,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, required=True, help="number of workers")
     parser.add_argument("--bytes-per-param", type=_positive, default=4.0, help="4 for fp32")
     parser.add_argument("--tau", type=int, nargs="+", help="default: around the one that hides all")
+    parser.add_argument("--fragments", type=int, default=4, help="of DiLoCo's streaming form")
     options = parser.parse_args(arguments)
     if options.ranks < 2 or options.latency_ms < 0 or min(options.tau or [1]) < 1:
         parser.error("there must be 2 ranks at least, tau 1 at least, and no latency below 0")
+    if options.fragments < 1:
+        parser.error("there must be 1 fragment at least")
     network = Network(options.ranks, options.bandwidth, options.latency_ms / 1e3)
     work = Work(options.params * options.bytes_per_param, options.step_ms / 1e3)
     best = hiding_tau(work, network)
     taus = options.tau or sorted({max(1, best // 4), max(1, best // 2), best, 2 * best})
     reduction = network.all_reduce_seconds(work.payload)
+    part = network.all_reduce_seconds(work.payload / options.fragments)
+    delay = hiding_delay(work, network, options.fragments)
     sys.stdout.write(
-        f"{_table(work, network, taus)}\n\n"
+        f"{_table(algorithms(options.fragments), work, network, taus)}\n\n"
+        "step and exposed in ms. MB/step: on each link, on average; peak: what the rounds launched "
+        "after one step send.\n"
         f"An all-reduce of the parameters takes {reduction * 1e3:,.1f} ms. The smallest tau that "
         f"hides it under the steps is {best}.\n"
+        f"One of a fragment ({options.fragments} in all) takes {part * 1e3:,.1f} ms, which a delay "
+        f"of {delay} hides.\n"
     )
 
 

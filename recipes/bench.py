@@ -223,12 +223,14 @@ def log_to_wandb(
         "exposed",
         "hidden",
         "sent_per_step",
+        "peak_sent",
         "peak",
     ]
     table = wandb.Table(columns=columns)
     for cell, found in results.items():
         for line in found:
-            measured = [line.exposed, line.hidden, line.sent_per_step, line.peak]
+            sent = [line.sent_per_step, line.peak_sent]
+            measured = [line.exposed, line.hidden, *sent, line.peak]
             numbers = [*line.multiple, *measured]
             table.add_data(cell.title, line.contender, line.kind, *numbers)
             run.summary[f"multiple/{cell.title}/{line.contender}"] = line.multiple[0]
@@ -251,7 +253,8 @@ def main() -> int:
     console.width = max(console.width, 112)
     scale = Scale(step_seconds=bench.step_ms / 1e3)
     if bench.quick:
-        scale = Scale(0.05, 0.01, 1, 20, (2,), 2)
+        # As few parameters as there are fragments.
+        scale = Scale(0.1, 0.01, 1, 20, (2,), 2)
         default = bench.cells == Bench().cells
         cells = ("2x200mbit", "4xunshaped") if default else bench.cells
         bench = Bench(**{**vars(bench), "cells": cells, "tau": min(bench.tau, 4)})

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch.optim import SGD
 
 from tests import reference
 from tests.workload import (
@@ -24,11 +26,21 @@ ALGORITHMS: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "EASGD": ({}, {"alpha": 0.3}),
     "CoCoDSGD": ({},),
     "BMUF": ({}, {"eta": 0.4, "zeta": 0.8, "nesterov": True}),
+    "DiLoCo": (
+        {},
+        {
+            "outer": partial(SGD, lr=0.6, momentum=0.7),
+            "fragments": 2,
+            "delay": 1,
+            "merge": "carry",
+        },
+    ),
+    "SlowMo": ({}, {"beta": 0.7, "lr": 0.8}),
 }
-"""Each algorithm's names of class and hyper-parameters, besides tau."""
+"""Each algorithm's names of class and hyper-parameters, besides tau; the first are the defaults."""
 
 PERIODIC = tuple(name for name in ALGORITHMS if name != "AllReduce")
-BLOCKING = ("LocalSGD", "BMUF")
+BLOCKING = ("LocalSGD", "BMUF", "DiLoCo", "SlowMo")
 OVERLAPPED = ("OverlapLocalSGD", "EASGD", "CoCoDSGD")
 
 
@@ -55,6 +67,16 @@ class Case:
     @property
     def tau(self) -> int:
         return int(self.arguments.get("tau", 1))
+
+    @property
+    def fragments(self) -> int:
+        given = self.arguments.get("fragments", 1)
+        return given if isinstance(given, int) else len(given)
+
+    def rounds(self, k: int) -> int:
+        """How many rounds are launched within k local steps; every fragment has its own."""
+        offsets = [-(-p * self.tau // self.fragments) for p in range(1, self.fragments + 1)]
+        return sum((k - offset) // self.tau + 1 for offset in offsets if k >= offset)
 
     @property
     def tolerance(self) -> float:

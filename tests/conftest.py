@@ -1,5 +1,7 @@
 """What holds for every test: threads, the order, and how long one may take."""
 
+import signal
+import threading
 from typing import Any
 
 import pytest
@@ -10,6 +12,13 @@ from tests.harness import scaled
 
 # As the ranks have, so that the same sums round alike.
 torch.set_num_threads(1)
+
+# A shell lets what it runs in the background ignore Ctrl-C, and so would the processes that tests
+# start and interrupt.
+if threading.current_thread() is threading.main_thread() and (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -31,10 +31,21 @@ def test_a_copy_has_the_same_hyperparameters(state: commhooks.CommHookState) -> 
         assert twin.stats == commhooks.Stats()
 
 
-@pytest.mark.parametrize("state", all_states(), ids=repr)
+def plain_states() -> list[commhooks.CommHookState]:
+    """Those that were given no function, of which only the name could be written down."""
+    return [state for state in all_states() if not isinstance(state, commhooks.DiLoCo)]
+
+
+@pytest.mark.parametrize("state", plain_states(), ids=repr)
 def test_the_representation_is_the_constructor_call(state: commhooks.CommHookState) -> None:
     twin = eval(repr(state), vars(commhooks))
     assert twin.hyperparameters() == state.hyperparameters()
+
+
+def test_the_representation_says_what_the_outer_optimizer_is() -> None:
+    said = repr(commhooks.DiLoCo(tau=4))
+    assert said.startswith("DiLoCo(tau=4, outer=")
+    assert "torch.optim.sgd.SGD(lr=0.7, momentum=0.9, nesterov=True)" in said
 
 
 def copies_of_a_registered_state(case: Case) -> bool:

@@ -1,12 +1,14 @@
 """Pins the limit cases and conservation laws, on the library alone: no reference takes part."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import SGD
 
-from tests.cases import Case
+from tests.cases import PERIODIC, Case
 from tests.harness import run_ranks
 from tests.reference import flat, mean
 from tests.training import Trainer, trajectories, wrapped
@@ -74,13 +76,8 @@ def test_tau_one_local_sgd_with_plain_sgd_is_ddp() -> None:
 
 def test_warm_up_is_ddp_bit_for_bit() -> None:
     ddp = run_ranks(ddp_trajectory, 3, adamw)
-    warm = run(
-        *(
-            case(algorithm, adamw, warmup_steps=STEPS, tau=2)
-            for algorithm in ("LocalSGD", "OverlapLocalSGD", "EASGD", "CoCoDSGD", "BMUF")
-        )
-    )
-    assert [gap(each, ddp) for each in warm] == [0.0] * 5
+    warm = run(*(case(algorithm, adamw, warmup_steps=STEPS, tau=2) for algorithm in PERIODIC))
+    assert [gap(each, ddp) for each in warm] == [0.0] * len(PERIODIC)
 
 
 def test_alpha_zero_is_no_pull() -> None:
@@ -95,13 +92,8 @@ def test_alpha_zero_is_no_pull() -> None:
 
 def test_a_boundary_never_reached_is_no_averaging() -> None:
     alone = run_ranks(local_trajectory, 3, nesterov_sgd)
-    never = run(
-        *(
-            case(algorithm, tau=STEPS + 1)
-            for algorithm in ("LocalSGD", "OverlapLocalSGD", "EASGD", "CoCoDSGD", "BMUF")
-        )
-    )
-    assert [gap(each, alone) for each in never] == [0.0] * 5
+    never = run(*(case(algorithm, tau=STEPS + 1) for algorithm in PERIODIC))
+    assert [gap(each, alone) for each in never] == [0.0] * len(PERIODIC)
 
 
 def test_without_momentum_the_anchor_needs_no_special_case() -> None:
@@ -120,6 +112,31 @@ def test_bmuf_without_block_momentum_is_local_sgd() -> None:
     )
     assert gap(classical, local) < 1e-13
     assert gap(nesterov, local) < 1e-13
+
+
+def test_a_blend_with_weight_one_is_no_averaging() -> None:
+    """The global model goes its way, and the local ones go theirs."""
+    alone = run_ranks(local_trajectory, 3, nesterov_sgd)
+    blended = run(*(case("DiLoCo", tau=3, fragments=2, delay=delay, alpha=1.0) for delay in (0, 2)))
+    assert [gap(each, alone) for each in blended] == [0.0] * 2
+
+
+def test_more_fragments_share_the_work_of_one() -> None:
+    """Without delay a fragment's rounds know nothing of the others': tau=1 is the whole model."""
+    whole, parts = run(case("DiLoCo", tau=1), case("DiLoCo", tau=1, fragments=3))
+    assert gap(whole, parts) < 1e-14
+
+
+def test_carried_rounds_preserve_the_mean_of_the_local_models() -> None:
+    """An outer step of exactly the mean, carried over: as for CoCoD-SGD, fragment by fragment."""
+    outer = partial(SGD, lr=1.0)
+    each = case("DiLoCo", plain_sgd, tau=3, outer=outer, delay=2, fragments=2, merge="carry")
+    alone = run_ranks(means_and_gradients, 3, [each])
+    for step in range(1, STEPS):
+        ranks = [seen[0] for seen in alone]
+        mean_gradient = mean([seen[step][1] for seen in ranks])
+        moved = mean([s[step][0] for s in ranks]) - mean([s[step - 1][0] for s in ranks])
+        assert (moved + 0.05 * mean_gradient).abs().max() < 1e-14, f"step {step + 1}"
 
 
 def test_defaults_that_depend_on_the_number_of_workers() -> None:

@@ -13,11 +13,15 @@ from typing import Any
 
 import pytest
 
+import commhooks
+from commhooks import plan
 from commhooks.plan import (
     ALGORITHMS,
     Algorithm,
     Network,
     Work,
+    algorithms,
+    hiding_delay,
     hiding_tau,
     parse_rate,
     predict,
@@ -76,6 +80,82 @@ def test_a_longer_all_reduce_sets_the_pace() -> None:
     assert 2 * found.step == pytest.approx(SLOW.all_reduce_seconds(WORK.payload))
 
 
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("SlowMo", commhooks.SlowMo(8)),
+        ("BMUF", commhooks.BMUF(8)),
+        ("DiLoCo", commhooks.DiLoCo(8)),
+        ("DiLoCo, delay=tau", commhooks.DiLoCo(8, delay=8)),
+        ("DiLoCo, delay=tau, merge=carry", commhooks.DiLoCo(8, delay=8, merge="carry")),
+        ("DiLoCo, fragments=4, delay=tau/4", commhooks.DiLoCo(8, fragments=4, delay=2)),
+        ("CoCoDSGD", commhooks.CoCoDSGD(8)),
+        ("EASGD", commhooks.EASGD(8)),
+        ("OverlapLocalSGD", commhooks.OverlapLocalSGD(8)),
+        ("OverlapLocalSGD, beta > 0", commhooks.OverlapLocalSGD(8, beta=0.7)),
+        ("LocalSGD", commhooks.LocalSGD(8)),
+    ],
+)
+def test_delays_fragments_and_memory_are_the_states(
+    name: str, state: commhooks.CommHookState
+) -> None:
+    found = BY_NAME[name]
+    assert found.delay_steps(8) == state.delay
+    assert found.fragments == state.fragments
+    # The wire, the vectors, and the momentum of DiLoCo's outer SGD.
+    assert found.models == 1 + len(state.vectors) + isinstance(state, commhooks.DiLoCo)
+
+
+def test_a_blocking_fragment_is_waited_for_like_a_part_of_the_model() -> None:
+    whole, parts = Algorithm("", "blocking", 3), Algorithm("", "blocking", 3, fragments=4)
+    one, four = (predict(each, 8, WORK, SLOW) for each in (whole, parts))
+    assert four.exposed == pytest.approx(one.exposed)
+    assert four.sent == one.sent
+    assert four.round == WORK.payload / 4
+
+
+@pytest.mark.parametrize("fragments", [1, 2, 4, 8])
+def test_what_one_step_launches_shrinks_with_the_number_of_fragments(fragments: int) -> None:
+    whole = predict(BY_NAME["DiLoCo, delay=tau"], 8, WORK, SLOW)
+    streaming = predict(Algorithm("", "overlapped", 3, fragments, 1 / fragments), 8, WORK, SLOW)
+    assert whole.peak == SLOW.wire_bytes(WORK.payload)
+    assert streaming.peak == pytest.approx(whole.peak / fragments)
+
+
+def test_more_fragments_than_steps_are_launched_together() -> None:
+    """Fragment p launches after step ceil(p tau / P): with 8 in 4 steps, two after each."""
+    found = predict(Algorithm("", "overlapped", 3, fragments=8, delay=0.25), 4, WORK, SLOW)
+    assert found.peak == pytest.approx(SLOW.wire_bytes(WORK.payload) / 4)
+
+
+def test_a_shorter_delay_hides_less() -> None:
+    reduction = SLOW.all_reduce_seconds(WORK.payload)
+    for delay, share in ((0, 0.0), (2, 0.25), (4, 0.5), (8, 1.0)):
+        found = predict(Algorithm("", "overlapped", 3, delay=share), 8, WORK, SLOW)
+        assert found.delay == delay
+        assert found.hiding == pytest.approx(delay * WORK.step)
+        expected = max(0.0, reduction - delay * WORK.step)
+        assert 8 * found.exposed == pytest.approx(expected)
+
+
+def test_the_hiding_delay_hides_a_fragment_and_no_shorter_one_does() -> None:
+    delay = hiding_delay(WORK, SLOW, fragments=4)
+    assert delay < hiding_delay(WORK, SLOW) == hiding_tau(WORK, SLOW)
+    tau = 4 * delay
+    assert predict(Algorithm("", "overlapped", 3, 4, 1 / 4), tau, WORK, SLOW).exposed == 0.0
+    shorter = Algorithm("", "overlapped", 3, 4, (delay - 1) / tau)
+    assert predict(shorter, tau, WORK, SLOW).exposed > 0.0
+
+
+@pytest.mark.parametrize("delay", [0.25, 0.5, 1.0])
+def test_a_link_that_is_never_idle_sets_the_pace_whatever_the_delay(delay: float) -> None:
+    tau, fragments = 4, 4
+    found = predict(Algorithm("", "overlapped", 3, fragments, delay), tau, WORK, SLOW)
+    rounds = fragments * SLOW.all_reduce_seconds(WORK.payload / fragments)
+    assert tau * WORK.step < rounds
+    assert tau * found.step == pytest.approx(rounds)
+
+
 def test_latency_is_paid_once_a_message() -> None:
     slow = Network(ranks=5, bandwidth=1e9, latency=0.01)
     fast = Network(ranks=5, bandwidth=1e9)
@@ -106,3 +186,14 @@ def test_command_line() -> None:
     for algorithm in ALGORITHMS:
         assert algorithm.name in done.stdout
     assert "The smallest tau that hides it under the steps is 27." in done.stdout
+    assert "One of a fragment (4 in all) takes 2,019.9 ms, which a delay of 7 hides." in done.stdout
+
+
+def test_the_command_line_takes_a_number_of_fragments(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--params 1e6 --step-ms 10 --bandwidth 1gbit --ranks 2 --tau 16 --fragments 8"
+    plan.main(words.split())
+    printed = capsys.readouterr().out
+    assert "DiLoCo, fragments=8, delay=tau/8" in printed
+    assert algorithms(8)[7].delay_steps(16) == 2
+    with pytest.raises(SystemExit):
+        plan.main([*words.split()[:-1], "0"])

@@ -59,40 +59,40 @@ def test_one_worker_alone_is_plain_sgd() -> None:
 def test_workers_with_equal_data_stay_equal(algorithm: str) -> None:
     for arguments in with_tau(algorithm, 2):
         reference = Case(algorithm, arguments).reference()
-        x = [torch.tensor([1.0, 2.0])] * 3
-        reference.start(x)
-        for _ in range(4):
-            x = reference.boundary([xi + 1 for xi in x])
+        x: Sequence[Tensor] = [torch.tensor([1.0, 2.0])] * 3
+        reference.start(x, {"a": x[0][:1], "b": x[0][1:]})
+        for k in range(1, 9):
+            x = reference.step(k, [xi + 1 for xi in x], torch.ones(2))
             assert all(torch.equal(xi, x[0]) for xi in x)
 
 
 @pytest.mark.parametrize("algorithm", ["LocalSGD", "CoCoDSGD"])
 def test_averaging_preserves_the_mean(algorithm: str) -> None:
     """Exact averaging moves workers, not their mean; CoCoD's mean moves by the same updates."""
-    reference = Case(algorithm, {"tau": 2}).reference()
+    reference = Case(algorithm, {"tau": 1}).reference()
     generator = torch.Generator().manual_seed(0)
-    x = [torch.ones(4, dtype=torch.float64) for _ in range(3)]
-    reference.start(x)
-    for _ in range(5):
+    x: Sequence[Tensor] = [torch.ones(4, dtype=torch.float64) for _ in range(3)]
+    reference.start(x, {"w": x[0]})
+    for k in range(1, 6):
         x = [xi + torch.randn(4, generator=generator, dtype=torch.float64) for xi in x]
         before = mean(x)
-        x = reference.boundary(x)
+        x = reference.step(k, x, torch.ones(4))
         assert torch.allclose(mean(x), before, rtol=0, atol=1e-13)
 
 
 def test_easgd_conserves_workers_plus_anchor() -> None:
     """The elastic force is symmetric: what the workers lose, the anchor gains."""
-    reference = Case("EASGD", {"tau": 2, "alpha": 0.2}).reference()
+    reference = Case("EASGD", {"tau": 1, "alpha": 0.2}).reference()
     generator = torch.Generator().manual_seed(0)
-    x = [torch.zeros(4, dtype=torch.float64) for _ in range(3)]
-    reference.start(x)
+    x: Sequence[Tensor] = [torch.zeros(4, dtype=torch.float64) for _ in range(3)]
+    reference.start(x, {"w": x[0]})
     z = x[0]
-    for _ in range(5):
+    for k in range(1, 6):
         x = [xi + torch.randn(4, generator=generator, dtype=torch.float64) for xi in x]
         total = torch.stack(x).sum(dim=0) + z
-        x = reference.boundary(x)
+        x = reference.step(k, x, torch.ones(4))
         z = reference.launched  # type: ignore[attr-defined]  # the anchor at the next boundary
-        assert torch.allclose(torch.stack(x).sum(dim=0) + z, total, rtol=0, atol=1e-13)
+        assert torch.allclose(torch.stack(list(x)).sum(dim=0) + z, total, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("algorithm", PERIODIC)

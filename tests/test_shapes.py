@@ -35,7 +35,10 @@ class Layout:
     @property
     def arguments(self) -> dict[str, object]:
         choices = ALGORITHMS[self.algorithm]
-        return {"tau": self.tau, **choices[self.choice % len(choices)]}
+        arguments = {"tau": self.tau, **choices[self.choice % len(choices)]}
+        if "fragments" in arguments:
+            arguments["fragments"] = min(arguments["fragments"], len(self.shapes))
+        return arguments
 
 
 class Parameters(nn.Module):

@@ -27,9 +27,9 @@ def checkpoint(accelerator: Accelerator, state: CommHookState) -> None:
     """Make ``accelerator.save_state`` and ``load_state`` keep what each rank has of its own.
 
     Call it once for every state, after ``state.register`` (or ``register_comm_hook``) and before
-    the first ``save_state`` or ``load_state``; these become collective. Several states, such as
-    those of the two models of a GAN, are given in the same order on every rank. Saving changes
-    nothing of the run.
+    the first ``save_state`` or ``load_state``. All three are collective: every rank calls them.
+    Several states, such as those of the two models of a GAN, are given in the same order on every
+    rank. Saving changes nothing of the run.
 
     - ``commhooks-rank-R-of-N.pt`` holds rank R's parameters and buffers of every model that has a
       state, the states, the optimizers and the GradScaler: tensors and plain values.
@@ -49,13 +49,13 @@ def checkpoint(accelerator: Accelerator, state: CommHookState) -> None:
         state: the registered state of one of the models.
 
     Raises:
-        RegistrationError: the accelerator has this state already, or no model of this state can be
-            found.
+        RegistrationError: the accelerator has this state already, no model of this state can be
+            found, or the other ranks gave another state.
         CheckpointError: by ``load_state``, on every rank and before anything has changed: a file
             is missing or damaged on a rank, Accelerate's own files included, or is of another step,
             another algorithm, other hyper-parameters or another model. Also by both, on every
             rank, where saving or loading failed on one of them, which then raises its own error.
-        RoundError: by ``save_state``: a round failed.
+        RoundError: by ``save_state``: a round failed, or it was not called on every rank.
     """
     existing = (known for known in accelerator._custom_objects if isinstance(known, EveryRank))
     ranks = next(existing, None) or EveryRank(accelerator)

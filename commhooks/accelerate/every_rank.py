@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from commhooks.accelerate import foreign_files, rank_files
 from commhooks.errors import CheckpointError, RegistrationError, RoundError
@@ -49,8 +49,10 @@ class EveryRank:
         self._consensus = ExitStack()
         self._written: list[Any] | None = None
         self._found: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None
-        # Whether a failure of the call under way is known to all ranks.
+        # Of the call under way: whether a failure is known to all ranks, and whether this one has
+        # taken part in averaged().
         self._known = False
+        self._entered = False
         before_save = accelerator.register_save_state_pre_hook(self._before_save)
         before_load = accelerator.register_load_state_pre_hook(self._before_load)
         # The script's own hooks may empty the lists they are given, and load models.
@@ -59,21 +61,33 @@ class EveryRank:
         # It gets a file of its own, custom_checkpoint_N.pkl, written when the hooks are through.
         accelerator.register_for_checkpointing(self)
         # A hook after everything else, and one that runs after an error, Accelerate does not have.
-        accelerator.save_state = self._wrapped(accelerator.save_state, self._after_save)
+        accelerator.save_state = self._wrapped(
+            accelerator.save_state, self._after_save, self._miss_save
+        )
         accelerator.load_state = self._wrapped(accelerator.load_state, self._after_load)
 
     def add(self, state: CommHookState) -> None:
-        """Keep one more state.
+        """Keep one more state. Collective.
 
         Raises:
-            RegistrationError: it is there already, or its model cannot be found.
+            RegistrationError: it is there already, its model cannot be found, or it is another one
+                than on the other ranks.
         """
         if any(member.state is state for member in self._members):
             raise RegistrationError(
                 "This accelerator checkpoints this state already; call "
                 "commhooks.accelerate.checkpoint once for every state."
             )
-        self._members.append(_Member(state, self._model_of(state)))
+        member = _Member(state, self._model_of(state))
+        # Now, since ranks that save their states in different orders would wait for each other.
+        found = gathered(member.description)
+        if any(each != found[0] for each in found):
+            listed = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(found))
+            raise RegistrationError(
+                "The ranks gave commhooks.accelerate.checkpoint other states, or in another "
+                f"order: {listed}. Call it in the same order on every rank."
+            )
+        self._members.append(member)
 
     def _model_of(self, state: CommHookState) -> nn.Module:
         ddp = state.model
@@ -103,12 +117,24 @@ class EveryRank:
 
     # Failing together.
 
-    def _wrapped(self, method: Callable[..., T], after: Callable[[bool], None]) -> Callable[..., T]:
-        """``method``, then ``after(succeeded)``; raises on every rank if one of them failed."""
+    def _wrapped(
+        self,
+        method: Callable[..., T],
+        after: Callable[[bool], None],
+        catch_up: Callable[[], None] = lambda: None,
+    ) -> Callable[..., T]:
+        """A method of Accelerate's that raises on every rank if it fails on one of them.
+
+        Args:
+            method: Accelerate's own.
+            after: called behind it with whether it has succeeded.
+            catch_up: called after an error that the other ranks do not know of, for the
+                collectives that they are about to start before they hear of it.
+        """
 
         @functools.wraps(method)
         def on_every_rank(*args: Any, **kwargs: Any) -> T:
-            self._known = False
+            self._known = self._entered = False
             try:
                 try:
                     result = method(*args, **kwargs)
@@ -121,6 +147,7 @@ class EveryRank:
                 raise
             except Exception as error:
                 if not self._known:
+                    catch_up()
                     self._meet(described(error))
                 raise
             reasons = [problem for problem, _ in self._meet(None)]
@@ -143,48 +170,51 @@ class EveryRank:
         if problems:
             raise CheckpointError(problems[0].upper() + problems[1:])
 
-    def _agree_on_states(self) -> None:
-        """Raise unless all ranks were given the same states in the same order."""
-        met = self._meet(None, [member.description for member in self._members])
-        self._refuse_if_any(met)
-        orders = [order for _, order in met]
-        if any(order != orders[0] for order in orders):
-            self._known = True
-            listed = "; ".join(f"rank {rank}: {order}" for rank, order in enumerate(orders))
-            raise CheckpointError(
-                "The ranks gave commhooks.accelerate.checkpoint other states, or in another "
-                f"order: {listed}. Call it in the same order on every rank."
-            )
-
     # Saving.
 
     def _before_save(self, models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         """Accelerate's hook before it writes ``weights``, one dictionary a model."""
-        self._agree_on_states()
         folder = Path(output_dir)
-        problem = None
+        own, problem = None, None
         try:
-            self._write(folder)
+            own = self._own()
         except RoundError:
             raise
         except Exception as error:  # noqa: BLE001 - raised on every rank
             problem = described(error)
+        # The first collective is the library's: if save_state was called on the main process
+        # alone, it is an error on every rank, where others would wait. The tensors in ``weights``
+        # are the models' own, so that they hold the consensus too.
+        self._enter_consensus()
+        if own is not None:
+            try:
+                self._write(*own, folder)
+            except Exception as error:  # noqa: BLE001 - raised on every rank
+                problem = described(error)
         self._refuse_if_any(self._meet(problem))
         if self._accelerator.is_local_main_process:
             rank_files.remove_others(folder, self._size)
-        # The tensors in ``weights`` are the models' own, so that they hold the consensus too.
-        for member in self._members:
-            self._consensus.enter_context(member.state.averaged())
         self._written = weights
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, values: Mapping[str, Any], objects: Mapping[str, Any], folder: Path) -> None:
+        rank_files.write(values, folder / rank_files.rank_file(self._rank, self._size))
+        rank_files.write(objects, folder / rank_files.objects_file(self._rank, self._size))
+
+    def _enter_consensus(self) -> None:
+        self._entered = True
+        for member in self._members:
+            self._consensus.enter_context(member.state.averaged())
+
+    def _own(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What this rank has: tensors and plain values, and objects."""
         accelerator = self._accelerator
         scaler = accelerator.scaler
         values = {
             "world_size": self._size,
             "steps": [member.state.stats.step for member in self._members],
             "states": [member.state.state_dict() for member in self._members],
-            "models": [member.model.state_dict() for member in self._members],
+            # Copies: it is written when the consensus model is in their place.
+            "models": [_copied(member.model.state_dict()) for member in self._members],
             "optimizers": [each.state_dict() for each in accelerator._optimizers],
             "scaler": None if scaler is None else scaler.state_dict(),
         }
@@ -192,8 +222,7 @@ class EveryRank:
             "schedulers": [each.state_dict() for each in accelerator._schedulers],
             "objects": [each.state_dict() for each in self._others],
         }
-        rank_files.write(values, folder / rank_files.rank_file(self._rank, self._size))
-        rank_files.write(objects, folder / rank_files.objects_file(self._rank, self._size))
+        return values, objects
 
     def state_dict(self) -> dict[str, Any]:
         """What Accelerate writes for this object: how many models it has written itself."""
@@ -209,11 +238,16 @@ class EveryRank:
         self._written = None
         self._consensus.close()
 
+    def _miss_save(self) -> None:
+        """Do as the other ranks do, which go on to the hook that this one has not reached."""
+        if not self._entered:
+            self._enter_consensus()
+            self._consensus.close()
+
     # Loading.
 
     def _before_load(self, models: list[nn.Module], input_dir: str) -> None:
         """Accelerate's hook before it loads anything: refuse now, or not at all."""
-        self._agree_on_states()
         problem, steps = None, None
         try:
             self._found = self._checked(models, Path(input_dir))
@@ -354,6 +388,13 @@ class _Member:
         """Equal on two ranks only for states of one kind on models of the same shapes."""
         count = sum(parameter.numel() for parameter in self.model.parameters())
         return f"{self.state!r} on {count} parameters"
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in values.items()
+    }
 
 
 def _check_numbers(name: str, numbers: Mapping[str, tuple[int, int]]) -> None:

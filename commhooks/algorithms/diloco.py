@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD
 
+from commhooks.algorithms.outer import OuterOptimizer, check_outer_state, stepped
 from commhooks.engine.rules import Part
 from commhooks.engine.state import CommHookState
 from commhooks.engine.vectors.chunks import real
@@ -18,6 +20,8 @@ from commhooks.errors import RegistrationError
 from commhooks.hyperparameters import Count, Fragments, Outer, Steps, Unit, one_of, refusal
 
 __all__ = ["DiLoCo"]
+
+logger = logging.getLogger("commhooks")
 
 _NESTEROV = partial(SGD, lr=0.7, momentum=0.9, nesterov=True)
 """The outer optimizer of the paper."""
@@ -87,14 +91,29 @@ class DiLoCo(CommHookState):
         """The global model."""
         return "z"
 
+    def resolve(self, m: int) -> None:
+        """Warn of the one setting that learns nothing."""
+        if self.merge == "blend" and self.alpha == 0 and self.delay == self.tau:
+            logger.warning(
+                "commhooks: DiLoCo with delay=tau and alpha=0 replaces each model by z just before "
+                "the next launch, so that there is nothing left to average and nothing is learnt. "
+                'Take merge="carry", an alpha above 0, or a shorter delay.'
+            )
+
     def fit(self, parameters: Mapping[str, Tensor]) -> None:
-        """Build the outer optimizer once, without memory behind it, to see whether it objects."""
+        """Build the outer optimizer, and let one like it make a step, to see whether it objects.
+
+        Some object to a shape when they are built, and others to a device, or to a step without a
+        closure, when they step.
+        """
         shapes: list[Tensor] = [
             torch.nn.Parameter(torch.empty(real(p).shape, device="meta"))
             for p in parameters.values()
         ]
+        some = next(iter(parameters.values()))
         try:
             self.outer(shapes)
+            stepped(self.outer, torch.zeros(2, 2, device=some.device))
         except Exception as error:
             raise RegistrationError(
                 f"The outer optimizer does not take these parameters ({', '.join(parameters)}): "
@@ -108,6 +127,10 @@ class DiLoCo(CommHookState):
     def keep(self, parts: Sequence[Part]) -> OuterOptimizer:
         """The outer optimizer of a fragment."""
         return OuterOptimizer(self.outer, parts)
+
+    def check_kept(self, parameters: Sequence[Tensor], saved: object, *, launched: bool) -> None:
+        """Compare with the state of such an optimizer."""
+        check_outer_state(self.outer, parameters, saved, launched=launched)
 
     def contribute(self, *, x: Tensor, wire: Tensor, z: Tensor, s: Tensor | None = None) -> None:
         """The mean is that of z - x; s <- x."""
@@ -127,32 +150,3 @@ class DiLoCo(CommHookState):
             x.copy_(z)
         else:
             x.lerp_(z, 1 - self.alpha)
-
-
-class OuterOptimizer:
-    """An optimizer over views of z, whose gradients are views of the wire.
-
-    Args:
-        build: builds it from a list of parameters.
-        parts: the parameters of a fragment.
-    """
-
-    def __init__(self, build: Callable[[list[Tensor]], Optimizer], parts: Sequence[Part]) -> None:
-        parameters: list[Tensor] = []
-        for part in parts:
-            parameter = torch.nn.Parameter(part.vectors["z"])
-            parameter.grad = part.vectors["wire"]
-            parameters.append(parameter)
-        self._optimizer = build(parameters)
-
-    def step(self) -> None:
-        """One step; the gradients are what the wire holds now."""
-        self._optimizer.step()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the optimizer says of itself."""
-        return self._optimizer.state_dict()
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
-        self._optimizer.load_state_dict(dict(saved))

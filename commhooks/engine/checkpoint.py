@@ -14,6 +14,7 @@ from commhooks.errors import CheckpointError
 
 if TYPE_CHECKING:
     from commhooks.engine.rounds.fragment import Fragment
+    from commhooks.engine.rules import Rules
 
 __all__ = ["check_identity", "check_values", "dump_vectors", "load_vectors", "shapes"]
 
@@ -28,6 +29,7 @@ _COUNTERS = {
     "schedule": ("step", "origin"),
     "meter": ("rounds_launched", "rounds_used", "bytes_reduced"),
 }
+_IDENTITY = ("format", "algorithm", "hyperparameters", "world_size", "rank")
 _SECONDS = ("seconds_exposed", "seconds_hidden")
 _FLAGS = ("started", "drifted", "disabled")
 
@@ -83,7 +85,10 @@ def check_identity(saved: object, mine: Mapping[str, Any]) -> None:
 
 
 def check_values(
-    saved: Mapping[str, Any], fragments: Sequence[Fragment], vectors: Sequence[str] | None
+    saved: Mapping[str, Any],
+    fragments: Sequence[Fragment],
+    vectors: Sequence[str] | None,
+    rules: Rules,
 ) -> None:
     """Refuse a checkpoint that is damaged or of another model, before any of it is used.
 
@@ -91,10 +96,19 @@ def check_values(
         saved: what :meth:`Engine.state_dict` gave.
         fragments: those of this run.
         vectors: names of the vectors that will be used; None if none will.
+        rules: the algorithm.
 
     Raises:
         CheckpointError: it is; what is wrong is named.
     """
+    unknown = set(saved) - {*_IDENTITY, *_COUNTERS, *_FLAGS, "fragments"}
+    if unknown:
+        _refuse(
+            "the dictionary", "what state.state_dict() gave", f"also {sorted(map(repr, unknown))}"
+        )
+    size, rank = saved.get("world_size"), saved.get("rank")
+    if _counter(rank, "rank") >= _counter(size, "world_size"):
+        _refuse("rank", f"below {size}", rank)
     for group, names in _COUNTERS.items():
         values = _mapping(saved, group)
         for name in names:
@@ -118,19 +132,27 @@ def check_values(
             _refuse(where, "a dictionary", part)
         _check_shapes(part.get("shapes"), shapes(fragment.buckets))
         _check_schedule(part, saved["schedule"], fragment, where)
-        rates = part.get("rates")
-        if rates is not None and not _are_rates(rates, len(shapes(fragment.buckets))):
-            _refuse(f"{where}.rates", "a learning rate for every parameter", rates)
         if vectors is not None:
+            launched = part["launch"] > saved["schedule"]["origin"] + fragment.schedule.offset
+            _check_rates(part.get("rates"), rules, fragment, where, launched=launched)
             _check_vectors(_mapping(part, "vectors"), vectors, fragment, where)
+            rules.check_kept(fragment.parameters, part.get("kept"), launched=launched)
 
 
-def _are_rates(values: object, count: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(value is None or isinstance(value, float) for value in values)
-    )
+def _check_rates(
+    rates: object, rules: Rules, fragment: Fragment, where: str, *, launched: bool
+) -> None:
+    if not (launched and rules.looks_at_rates):
+        if rates is not None:
+            _refuse(f"{where}.rates", "None", rates)
+        return
+    fits = isinstance(rates, list) and len(rates) == len(fragment.parameters)
+    if not fits or not all(rate is None or _is_rate(rate) for rate in rates):  # type: ignore[attr-defined]
+        _refuse(f"{where}.rates", "a learning rate for every parameter", rates)
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value) and value >= 0
 
 
 def _check_shapes(saved: object, mine: Sequence[Sequence[int]]) -> None:

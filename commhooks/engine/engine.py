@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,21 +17,21 @@ from commhooks.engine.checkpoint import check_values, dump_vectors, load_vectors
 from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.guards.refused_backward import raise_after_backward
 from commhooks.engine.meter import Meter
-from commhooks.engine.network.agreement import reasons, tell
+from commhooks.engine.network.agreement import tell
 from commhooks.engine.network.communicator import done, open_communicator
 from commhooks.engine.network.gradients import GradientAverager
-from commhooks.engine.network.ticket import Point, Ticket
-from commhooks.engine.rounds.consensus import Consensus
+from commhooks.engine.network.roll_call import RollCall
+from commhooks.engine.rounds.consensus import Consensus, enter
 from commhooks.engine.rounds.fragment import Fragment
 from commhooks.engine.rounds.round import Round
 from commhooks.engine.rounds.schedule import Schedule
 from commhooks.engine.rules import Rules
 from commhooks.engine.steps.backward import Backwards
 from commhooks.engine.vectors.buckets import build_buckets
-from commhooks.engine.vectors.buffers import Buffer, common, digest
+from commhooks.engine.vectors.buffers import Buffer
 from commhooks.engine.vectors.devices import Moment
 from commhooks.engine.vectors.fragments import partition
-from commhooks.errors import RegistrationError, RoundError
+from commhooks.errors import RegistrationError
 from commhooks.stats import Stats
 
 if TYPE_CHECKING:
@@ -88,9 +88,12 @@ class Engine:
         self._check = check
         self.communicator = open_communicator(parent, self)
         rules.resolve(self.communicator.size)
-        self.steps = Steps(step=0, origin=warmup_steps)
+        steps = self.steps = Steps(step=0, origin=warmup_steps)
         self.disabled = False
         self._meter = Meter()
+        self._call = RollCall(
+            type(rules).__name__, self.communicator, self._meter, lambda: steps.step
+        )
         self._backwards = Backwards(parameters.values(), static_graph=static_graph)
         dealt = partition(parameters, rules.fragments)
         self._fragments = [
@@ -102,15 +105,13 @@ class Engine:
             for number, part in enumerate(dealt, start=1)
         ]
         self._read_rates: weakref.WeakMethod[Callable[[], Mapping[int, float]]] | None = None
-        self.device = self._fragments[0].device
+        self.device = self._call.device = self._fragments[0].device
         self._restart_schedules()
         self._averager: GradientAverager | None = None
         if rules.synchronous or warmup_steps:
             self._open_averager()
         self._started = False
         self._drifted = False
-        # What to raise, not the error itself: its traceback would keep the model alive.
-        self._failure: tuple[Any, ...] | None = None
         self._consensus: Consensus | None = None
         self._block: object = None
         self._shadowed = False
@@ -137,7 +138,7 @@ class Engine:
     @property
     def boundary_due(self) -> bool:
         """Whether a boundary waits for the optimizers, was cut short, or has failed for good."""
-        return self._failure is not None or self._due is not None
+        return self._call.failed or self._due is not None
 
     @property
     def _due(self) -> Fragment | None:
@@ -176,9 +177,9 @@ class Engine:
         averaging = self.averages_gradients
         if averaging:
             gradient = self._average(bucket, first=first, last=last)
-            if self._failure is not None:
+            if self._call.failed:
                 if last:
-                    raise_after_backward(RoundError(*self._failure))
+                    raise_after_backward(self._call.failure())
                 return gradient
         if last:
             if not averaging and not self._started:
@@ -195,16 +196,16 @@ class Engine:
     ) -> torch.futures.Future[Tensor]:
         averager = self._open_averager()
         gradient = done(bucket.buffer())
-        if self._failure is not None:
+        if self._call.failed:
             return gradient
         try:
             if first:
-                averager.begin(self.device, self._point("the gradients of a backward"))
+                averager.begin(self.device, self._call.point("the gradients of a backward"))
             gradient = averager.average(bucket)
             if last:
                 averager.end(self.device)
         except Exception as error:  # noqa: BLE001 - a backend may raise anything
-            self._failed(self._meter.rounds_launched, str(error))
+            self._call.note_failure(str(error))
             averager.give_up()
         return gradient
 
@@ -237,7 +238,7 @@ class Engine:
         Raises:
             RoundError: a round failed, now or before.
         """
-        self._raise_if_failed()
+        self._call.raise_if_failed()
         launched: list[Fragment] = []
         while (fragment := self._due) is not None:
             if not wait and fragment in launched and fragment.schedule.landing is not None:
@@ -263,7 +264,7 @@ class Engine:
         Raises:
             RoundError: a round failed.
         """
-        self._raise_if_failed()
+        self._call.raise_if_failed()
         for fragment in self._fragments:
             self._wait_for(fragment)
 
@@ -276,7 +277,7 @@ class Engine:
         with uninterrupted():
             fragment.round = None
             if cause is not None:
-                self._fail(finished.number, cause)
+                self._call.fail(cause, finished.number)
             self.communicator.idle = all(each.round is None for each in self._fragments)
             self._meter.rounds_used += 1
             self._meter.communication(
@@ -308,93 +309,14 @@ class Engine:
         with uninterrupted():
             self.at_boundary()
             self.drain()
-            consensus = self._agree_on_consensus(what, buffers)
-            self._block = block
-            self._enter(what, consensus)
-
-    def _agree_on_consensus(self, what: str, buffers: Callable[[], Sequence[Buffer]]) -> Consensus:
-        # Before the first local step the parameters are the same on every rank, bit for bit.
-        buckets = [b for f in self._fragments for b in f.buckets] if self._drifted else []
-        mine: Sequence[Buffer] = ()
-        probes: list[Tensor] = []
-        consensus, refusal = None, self._check()
-        try:
-            mine = buffers()
-            if self._drifted:
-                probes = [probe for fragment in self._fragments for probe in fragment.probes()]
-            consensus = Consensus(buckets, self.communicator)
-            consensus.take_in(mine, self.device)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must be told
-            refusal = refusal or f"{type(error).__name__}: {error}"
-        alike = self._compare(what, refusal, probes, digest(mine))
-        assert consensus is not None
-        if not alike:
-            consensus.take_in(self._common(mine), self.device)
-        return consensus
-
-    def _compare(
-        self,
-        what: str,
-        refusal: str | None = None,
-        probes: Sequence[Tensor] = (),
-        digest_: int = 0,
-    ) -> bool:
-        """Send a ticket and wait for those of the others; whether their digests are alike.
-
-        Nothing else is in flight, so where a rank refuses all ranks can go on.
-        """
-        began = Moment(self.device)
-        try:
-            verdict = Ticket(
-                self.communicator,
-                self.device,
-                self._point(what),
-                probes=probes,
-                refused=refusal is not None,
-                digest=digest_,
-            ).wait()
-        except RuntimeError as error:
-            self._fail(self._meter.rounds_launched, f"{what}: {error}")
-        self._meter.communication(began, began, began, Moment(self.device))
-        if verdict.problem is not None:
-            self._fail(self._meter.rounds_launched, verdict.problem)
-        if verdict.refused:
-            raise self._error(reasons(self.communicator.parent, refusal), passing=True)
-        return verdict.alike
-
-    def _common(self, mine: Sequence[Buffer]) -> list[Buffer]:
-        """The buffers that all ranks have alike."""
-        descriptions = tell(self.communicator.parent, {b.name: b.describe() for b in mine})
-        alike, problems = common(descriptions, self.communicator.ranks)
-        if problems:
-            raise self._error(
-                f"the ranks have different buffers: {'; '.join(problems)}. Give every rank the "
-                "same ones, or register what is made anew with persistent=False.",
-                passing=True,
+            # Before the first local step the parameters are the same on every rank, bit for bit.
+            drifted = self._fragments if self._drifted else ()
+            buckets = [bucket for fragment in drifted for bucket in fragment.buckets]
+            refusal = self._check()
+            consensus = enter(
+                what, buckets, buffers, refusal, self.communicator, self._call, self._meter
             )
-        return [buffer for buffer in mine if buffer.name in alike]
-
-    def _enter(self, what: str, consensus: Consensus) -> None:
-        began = Moment(self.device)
-        self.communicator.idle = False
-        try:
-            self._meter.bytes_reduced += consensus.exchange()
-        except RuntimeError as error:
-            self._fail(self._meter.rounds_launched, f"{what}: {error}")
-        self.communicator.idle = True
-        refusal = None
-        try:
-            consensus.put_in_place()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must be told
-            refusal = f"{type(error).__name__}: {error}"
-        self._consensus = consensus
-        try:
-            self._compare(what, refusal)
-        except RoundError:
-            self.leave_consensus(self._block)
-            raise
-        ended = Moment(self.device)
-        self._meter.communication(began, ended, began, ended)
+            self._block, self._consensus = block, consensus
 
     def leave_consensus(self, block: object) -> None:
         """Put this rank's own model back, if the consensus is there for this very block."""
@@ -414,21 +336,30 @@ class Engine:
             # The other ranks are through with it, and so is this one, but for having said so.
             self._finish_cut_short_at = -1
             return
+        finished = False
         try:
             with uninterrupted():
                 self.enter_consensus(what, buffers)
                 self._consensus = None
-                self._started = self._overwritten = False
-                self._finished_at = self.steps.step
-                self.steps.origin = max(self.steps.origin, self.steps.step)
-                self._restart_schedules()
+                self._begin_anew()
+                finished = True
         except KeyboardInterrupt:
-            self._finish_cut_short_at = self.steps.step
+            self._finish_cut_short_at = self.steps.step if finished else -1
             raise
+
+    def _begin_anew(self) -> None:
+        self._overwritten = False
+        self._finished_at = self.steps.step
+        self.steps.origin = max(self.steps.origin, self.steps.step)
+        self._restart_schedules()
+        if self._started:
+            # Here, where all ranks have the same parameters: an optimizer may still have to step.
+            self._start()
 
     def disable(self) -> None:
         """Average gradients from the next step on, after :meth:`finish`, and keep no vectors."""
         self.disabled = True
+        self._started = False
         self._open_averager()
         for fragment in self._fragments:
             fragment.release()
@@ -436,9 +367,9 @@ class Engine:
     def close(self) -> None:
         """Give back the vectors and the groups. Collective, unless a round has failed."""
         self.refuse_inside_averaged("close()")
-        if self._failure is None:
+        if not self._call.failed:
             self.drain()
-            self._compare("close()")
+            self._call("close()")
             # No rank may take down what another still reads from.
             tell(self.communicator.parent, None)
             self.communicator.close()
@@ -466,13 +397,15 @@ class Engine:
             RegistrationError: local steps were made since :meth:`finish`.
         """
         averaged = not self._drifted or self.averages_gradients_for_good
-        if self._failure is None and not averaged and self._finished_at != self.steps.step:
+        if not self._call.failed and not averaged and self._finished_at != self.steps.step:
             raise RegistrationError(
                 "close() was called while every rank has a model of its own; call finish() first."
             )
 
     def parameters_overwritten(self) -> None:
         """Somebody else than an optimizer is about to write to the parameters."""
+        if self._finished_at == self.steps.step:
+            self._started = False
         self._overwritten = self._started and bool(self._saved_vectors)
 
     # Reports and checkpoints.
@@ -542,7 +475,8 @@ class Engine:
             CheckpointError: it is damaged, or of another model.
         """
         goes_on = saved.get("started") is True and self._goes_on(same_ranks=same_ranks)
-        check_values(saved, self._fragments, self._saved_vectors if goes_on else None)
+        vectors = self._saved_vectors if goes_on else None
+        check_values(saved, self._fragments, vectors, self._rules)
 
     @_outside_inference_mode
     def load_state_dict(self, saved: Mapping[str, Any], *, same_ranks: bool = True) -> bool:
@@ -563,7 +497,6 @@ class Engine:
         self.drain()
         started = saved["started"] and self._goes_on(same_ranks=same_ranks)
         if started:
-            # First of all, since an optimizer says only now that a state does not fit.
             for fragment, values in zip(self._fragments, saved["fragments"], strict=True):
                 fragment.allocate(self._rules.vectors)
                 fragment.load_kept(self._rules, values["kept"])
@@ -643,7 +576,7 @@ class Engine:
                 refusal = str(error)
         self.communicator.idle = False
         fragment.round = Round(
-            self._point("a round", number),
+            self._call.point("a round", number),
             fragment.buckets,
             self.communicator,
             self._rules,
@@ -656,9 +589,6 @@ class Engine:
         if self.communicator.size > 1:
             self._meter.bytes_reduced += fragment.nbytes
 
-    def _point(self, what: str, number: int | None = None) -> Point:
-        return Point(what, self.steps.step, number or self._meter.rounds_launched)
-
     def _open_averager(self) -> GradientAverager:
         if self._averager is None:
             # Of its own, since buckets of gradients and parameters differ in size, and two ranks
@@ -666,24 +596,3 @@ class Engine:
             communicator = open_communicator(self.communicator.parent, self)
             self._averager = GradientAverager(self.communicator, communicator, self._meter)
         return self._averager
-
-    def _raise_if_failed(self) -> None:
-        if self._failure is not None:
-            raise RoundError(*self._failure)
-
-    def _error(self, cause: str, number: int | None = None, *, passing: bool = False) -> RoundError:
-        name, ranks = type(self._rules).__name__, tuple(self.communicator.ranks)
-        number = self._meter.rounds_launched if number is None else number
-        return RoundError(name, number, self.steps.step, ranks, cause, passing)
-
-    def _failed(self, number: int, cause: str) -> RoundError:
-        """The error that this state ends in; what is in flight may never arrive."""
-        error = self._error(cause, number)
-        self._failure = error.args
-        self.communicator.idle = False
-        if self._averager is not None:
-            self._averager.communicator.idle = False
-        return error
-
-    def _fail(self, number: int, cause: str) -> NoReturn:
-        raise self._failed(number, cause)

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from commhooks.errors import CheckpointError
+
 __all__ = ["Kept", "Part", "Rules"]
 
 
@@ -85,6 +87,11 @@ class Rules:
         return ()
 
     @property
+    def looks_at_rates(self) -> bool:
+        """Whether ``prepare`` has to be called."""
+        return type(self).prepare is not Rules.prepare
+
+    @property
     def reference(self) -> str:
         """Name of the vector that ``mix`` draws ``x`` to; the consensus distance is ``x`` to it."""
         return "wire"
@@ -119,6 +126,20 @@ class Rules:
     def keep(self, parts: Sequence[Part]) -> Kept | None:
         """Make what is kept of a fragment besides vectors; called once, after ``start``."""
         return None
+
+    def check_kept(self, parameters: Sequence[Tensor], saved: object, *, launched: bool) -> None:
+        """Refuse what a checkpoint holds of :meth:`keep`'s, if it does not fit.
+
+        Args:
+            parameters: those of the fragment.
+            saved: what was saved of it; None if nothing was.
+            launched: whether a round had been launched since ``keep``.
+
+        Raises:
+            CheckpointError: it does not fit.
+        """
+        if saved is not None:
+            raise CheckpointError("The checkpoint is damaged: it holds more than was saved.")
 
     def prepare(self, parts: Sequence[Part]) -> None:
         """Look at the learning rates, before ``contribute``."""

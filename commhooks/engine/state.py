@@ -107,7 +107,7 @@ class CommHookState(Rules, Joinable):
         self._model_watch: ModelWatch | None = None
         self._announcements: RemovableHandle | None = None
         self._closed: Stats | None = None
-        self._bare = False
+        self._bare_model: frozenset[int] = frozenset()
 
     def hyperparameters(self) -> dict[str, object]:
         """What decides the trajectory, as plain values, by the names the constructor takes."""
@@ -208,7 +208,7 @@ class CommHookState(Rules, Joinable):
         except RegistrationError as error:
             refusal = str(error)
         self._build(ddp, refusal, {})
-        self._bare = True
+        self._bare_model = frozenset(map(id, ddp.module.parameters()))
         self._watch(ddp, (), None)
 
     def _check_model(
@@ -303,16 +303,16 @@ class CommHookState(Rules, Joinable):
                     )
                 )
             return done(bucket.buffer())
-        if self._bare and bucket.is_last():
-            assert self._optimizers is not None
-            if not self._optimizers.averages(bucket.parameters()):
-                raise_after_backward(
-                    RegistrationError(
-                        "This state is the hook of another DDP model already; build one state for "
-                        "every DDP model."
-                    )
+        # All of the model's: those that were frozen when it registered are in DDP's buckets, too.
+        known = self._bare_model
+        if known and bucket.is_last() and known.isdisjoint(map(id, bucket.parameters())):
+            raise_after_backward(
+                RegistrationError(
+                    "This state is the hook of another DDP model already; build one state for "
+                    "every DDP model."
                 )
-                return done(bucket.buffer())
+            )
+            return done(bucket.buffer())
         return self._engine.reduce_gradients(bucket)
 
     def _before_forward(self, model: DistributedDataParallel) -> None:
@@ -603,7 +603,7 @@ _RUNTIME = (
     "_model_watch",
     "_announcements",
     "_closed",
-    "_bare",
+    "_bare_model",
 )
 
 

@@ -21,11 +21,26 @@ import commhooks
 from benchmark.torchft import diloco, local_sgd, torchft_refusal
 from commhooks import CommHookState
 
-__all__ = ["ALONE", "BASELINE", "Attached", "Contender", "Kind", "contenders", "skipped"]
+__all__ = [
+    "ALONE",
+    "BASELINE",
+    "DELAYED",
+    "STREAMING",
+    "TORCHFT_DELAYED",
+    "Attached",
+    "Contender",
+    "Kind",
+    "contenders",
+    "skipped",
+]
 
 BASELINE = "no communication"
 ALONE = "an all-reduce alone, every tau"
 """No contender, but what none that averages models can do without: its all-reduce."""
+DELAYED = "commhooks DiLoCo, delay=tau"
+STREAMING = "commhooks DiLoCo, 4 fragments"
+TORCHFT_DELAYED = "torchft DiLoCo, delayed"
+_FRAGMENTS = 4
 Kind = Literal["none", "step", "blocking", "overlapped"]
 
 
@@ -51,12 +66,14 @@ class Contender:
         kind: when it communicates: never, at every step, or every tau steps, blocking or not.
         attach: sets it up on a model. What must be closed when done goes on the stack.
         one_bucket: whether DDP is to put all gradients into one bucket.
+        fragments: rounds that it takes to average the whole model once.
     """
 
     name: str
     kind: Kind
     attach: Callable[[DistributedDataParallel, Optimizer, int, ExitStack], Attached]
     one_bucket: bool = False
+    fragments: int = 1
 
     @property
     def ours(self) -> bool:
@@ -79,7 +96,7 @@ def contenders() -> list[Contender]:
     if torchft_refusal() is None:
         found += [
             Contender("torchft LocalSGD", "blocking", _torchft(local_sgd)),
-            Contender("torchft DiLoCo, delayed", "overlapped", _torchft(diloco)),
+            Contender(TORCHFT_DELAYED, "overlapped", _torchft(diloco)),
         ]
     return [
         *found,
@@ -94,6 +111,24 @@ def contenders() -> list[Contender]:
         ),
         Contender("commhooks EASGD", "overlapped", _ours(commhooks.EASGD)),
         Contender("commhooks CoCoDSGD", "overlapped", _ours(commhooks.CoCoDSGD)),
+        Contender("commhooks SlowMo", "blocking", _ours(commhooks.SlowMo)),
+        Contender("commhooks DiLoCo", "blocking", _ours(commhooks.DiLoCo)),
+        Contender(
+            DELAYED,
+            "overlapped",
+            # Replacing the local models at the very launch would throw away all that was learnt.
+            _ours(lambda tau: commhooks.DiLoCo(tau, delay=tau, alpha=0.5)),
+        ),
+        Contender(
+            STREAMING,
+            "overlapped",
+            _ours(
+                lambda tau: commhooks.DiLoCo(
+                    tau, fragments=_FRAGMENTS, delay=tau // _FRAGMENTS, alpha=0.5
+                )
+            ),
+            fragments=_FRAGMENTS,
+        ),
     ]
 
 

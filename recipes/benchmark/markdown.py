@@ -26,7 +26,7 @@ def markdown(
     for cell, found in results.items():
         parts += [f"### {cell.title}", _race(found)]
     if micro:
-        parts += ["### A step that is no boundary", _overheads(micro["overheads"])]
+        parts += ["### A step that neither launches nor lands", _overheads(micro["overheads"])]
         parts += [
             "### A boundary, waiting left out",
             _boundaries(micro["boundaries"]),
@@ -35,7 +35,18 @@ def markdown(
 
 
 def _race(found: Sequence[Line]) -> str:
-    head = ("", "x no comm.", "min", "max", "s exposed", "s hidden", "MB/step sent", "peak", "n")
+    head = (
+        "",
+        "x no comm.",
+        "min",
+        "max",
+        "s exposed",
+        "s hidden",
+        "MB/step sent",
+        "most in a step",
+        "peak",
+        "n",
+    )
     rows = [
         (
             line.contender,
@@ -43,6 +54,7 @@ def _race(found: Sequence[Line]) -> str:
             _number(line.exposed),
             _number(line.hidden),
             _number(line.sent_per_step, 1e6),
+            _number(line.peak_sent, 1e6),
             f"{line.peak:.1f}",
             str(line.samples),
         )
@@ -52,11 +64,16 @@ def _race(found: Sequence[Line]) -> str:
 
 
 def _overheads(records: Sequence[Mapping[str, Any]]) -> str:
-    head = ("DDP's buckets", "identity hook (µs)", "commhooks, more (µs)")
+    head = ("", "DDP's buckets", "identity hook (µs)", "commhooks, more (µs)")
     return markdown_table(
         head,
         [
-            (str(r["buckets"]), f"{r['identity_us']:,.0f}", f"{r['difference_us']:+,.0f}")
+            (
+                r["state"],
+                str(r["buckets"]),
+                f"{r['identity_us']:,.0f}",
+                f"{r['difference_us']:+,.0f}",
+            )
             for r in records
         ],
     )

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,15 +28,39 @@ _ALGORITHMS: dict[str, Callable[[], CommHookState]] = {
     "EASGD": lambda: commhooks.EASGD(1, warmup_steps=1),
     "CoCoDSGD": lambda: commhooks.CoCoDSGD(1, warmup_steps=1),
     "BMUF": lambda: commhooks.BMUF(1, warmup_steps=1),
+    "SlowMo": lambda: commhooks.SlowMo(1, warmup_steps=1),
+    "DiLoCo": lambda: commhooks.DiLoCo(1, delay=1, warmup_steps=1),
+    "DiLoCo, carry": lambda: commhooks.DiLoCo(1, delay=1, merge="carry", warmup_steps=1),
+    "DiLoCo, 4 fragments": lambda: commhooks.DiLoCo(1, fragments=4, delay=1, warmup_steps=1),
+    "DiLoCo, 4 fragments, plain SGD": lambda: commhooks.DiLoCo(
+        1, outer=partial(SGD, lr=1.0), fragments=4, delay=1, warmup_steps=1
+    ),
 }
+# Far from any launch.
+_NEVER = 10**9
+_IDLE_STATES: tuple[tuple[str, int, Callable[[], CommHookState]], ...] = (
+    *(("OverlapLocalSGD", n, lambda: commhooks.OverlapLocalSGD(_NEVER)) for n in (1, 8, 64)),
+    *(
+        (f"DiLoCo, fragments={n}", 1, partial(commhooks.DiLoCo, _NEVER, fragments=n))
+        for n in (1, 4, 64)
+    ),
+)
 _TENSORS = 64
 _TENSOR_NUMEL = 1024
 
 
 @dataclass(frozen=True)
 class Overhead:
-    """A step that is no boundary, next to the same step under an identity hook; medians, in µs."""
+    """A step that neither launches nor lands, next to one under an identity hook; medians, in µs.
 
+    Attributes:
+        state: what is registered.
+        buckets: DDP's.
+        identity_us: the step under an identity hook.
+        difference_us: how much longer it takes under the state.
+    """
+
+    state: str
     buckets: int
     identity_us: float
     difference_us: float
@@ -84,8 +109,8 @@ class _Idle(Optimizer):
 
 
 def overheads(steps: int) -> Iterator[dict[str, Any]]:
-    """Step overhead by number of DDP's buckets, each over ``steps`` interleaved steps."""
-    for buckets in (1, 8, 64):
+    """Step overhead by DDP's buckets and by fragments, each over ``steps`` interleaved steps."""
+    for name, buckets, build in _IDLE_STATES:
         cap_mb = _TENSORS * _TENSOR_NUMEL * 4 / 2**20 / buckets
         identity, calls = _identity()
         plain = _model(_Sum(), cap_mb)
@@ -93,7 +118,8 @@ def overheads(steps: int) -> Iterator[dict[str, Any]]:
         plain_optimizer = SGD(plain.parameters(), lr=0.0)
         hooked = _model(_Sum(), cap_mb)
         optimizer = SGD(hooked.parameters(), lr=0.0)
-        commhooks.OverlapLocalSGD(tau=10**9).register(hooked, optimizer)
+        state = build()
+        state.register(hooked, optimizer)
         # Past DDP's rebuilding of its buckets.
         for _ in range(5):
             _step_us(plain, plain_optimizer)
@@ -104,6 +130,7 @@ def overheads(steps: int) -> Iterator[dict[str, Any]]:
         ]
         yield asdict(
             Overhead(
+                state=name,
                 buckets=len(calls) // steps,
                 identity_us=statistics.median(theirs for theirs, _ in times),
                 # Of pairs, so that a slow stretch of the machine weighs on both sides.

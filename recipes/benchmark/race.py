@@ -66,6 +66,7 @@ class Sample:
             None for others.
         hidden: seconds a synchronisation went on unnoticed, likewise.
         sent: bytes that left a rank for one synchronisation, mean over ranks; None if not counted.
+        peak_sent: the most that left a rank during one step, likewise.
         peak: the most memory the turn took, over all it began with, largest of the ranks, in bytes.
         parameters: of the model, in bytes.
     """
@@ -78,6 +79,7 @@ class Sample:
     exposed: float | None
     hidden: float | None
     sent: float | None
+    peak_sent: float | None
     peak: int
     parameters: int
 
@@ -123,15 +125,23 @@ def _turn(plan: Race, contender: Contender, repeat: int) -> list[Sample]:
         turn.warm_up()
         times, stats = turn.windows()
         sent = turn.sent_per_synchronisation()
+        peak_sent = turn.sent_in_one_step()
         parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-        mine = {"times": times, "sent": sent, "peak": peak_bytes() - resident}
+        mine = {
+            "times": times,
+            "sent": sent,
+            "peak_sent": peak_sent,
+            "peak": peak_bytes() - resident,
+        }
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, mine)
     # What is in flight at the end has been neither waited for nor used.
     unused = 1 if contender.kind == "overlapped" else 0
-    rounds = 1
+    rounds: float = 1
     if stats:
-        rounds = stats.step if contender.kind == "step" else stats.rounds_launched - unused
+        used = stats.rounds_launched - unused
+        # Of the whole model, which takes one round of every fragment.
+        rounds = stats.step if contender.kind == "step" else used / contender.fragments
     return [
         Sample(
             contender=contender.name,
@@ -142,6 +152,9 @@ def _turn(plan: Race, contender: Contender, repeat: int) -> list[Sample]:
             exposed=stats.seconds_exposed / rounds if stats else None,
             hidden=stats.seconds_hidden / rounds if stats else None,
             sent=None if sent is None else sum(rank["sent"] for rank in ranks) / len(ranks),
+            peak_sent=(
+                None if peak_sent is None else sum(rank["peak_sent"] for rank in ranks) / len(ranks)
+            ),
             peak=max(rank["peak"] for rank in ranks),
             parameters=parameters,
         )
@@ -175,6 +188,7 @@ def _alone(plan: Race, repeat: int) -> Iterator[Sample]:
             exposed=None,
             hidden=None,
             sent=sum(sent) / len(sent) if plan.counted else None,
+            peak_sent=None,
             peak=0,
             parameters=flat.numel() * flat.element_size(),
         )
@@ -193,6 +207,7 @@ class _Turn:
         attached: Attached,
     ) -> None:
         self._plan, self._kind = plan, contender.kind
+        self._fragments = contender.fragments
         self._load, self._model = load, model
         self._optimizer, self._attached = optimizer, attached
         per_step = contender.kind == "step"
@@ -241,13 +256,31 @@ class _Turn:
         state = self._attached.state
         if state is not None and self._kind == "overlapped":
             # A round is in flight at the start already, so count from before the first.
-            return (self._after - self._at_first) / state.stats.rounds_launched
+            return (self._after - self._at_first) * self._fragments / state.stats.rounds_launched
         return (self._after - self._before) / self._windows
 
+    def sent_in_one_step(self) -> float | None:
+        """The most bytes this rank put on the wire during one of the next steps.
+
+        To read the counter takes a process, so these steps are no part of what is timed.
+        """
+        if not self._plan.counted:
+            return None
+        peak = 0
+        # One more, since what ours launch after the last step leaves during the next.
+        ours = self._kind == "overlapped" and self._attached.state is not None
+        for _ in range(self.steps_per_window + ours):
+            before = self._count()
+            self._step()
+            peak = max(peak, self._count() - before)
+        # The next contender is not to share its link with what was launched last.
+        self._land()
+        return peak
+
     def _land(self) -> None:
-        """Let the last round arrive, so that its bytes are counted."""
+        """Let what is in flight arrive, so that its bytes are counted, and as this contender's."""
         state = self._attached.state
-        if state is None:
+        if state is None or self._kind == "step":
             # torchft's last round has been used; the window ends with nothing in flight.
             return
         while state.stats.rounds_completed < state.stats.rounds_launched:

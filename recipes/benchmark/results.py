@@ -42,7 +42,8 @@ class Line:
         exposed: seconds the training thread waited for a synchronisation; None if nobody counts.
         hidden: seconds a synchronisation went on under the steps, likewise.
         sent: bytes a rank put on the wire for one synchronisation; None if not counted.
-        sent_per_step: the same for one step.
+        sent_per_step: the same for one step, on average.
+        peak_sent: the most bytes a rank put on the wire during one step; None if not counted.
         peak: most memory it took, in units of the parameters.
         samples: how many the multiple is from.
         step_seconds: time of a step, median.
@@ -57,6 +58,7 @@ class Line:
     hidden: float | None
     sent: float | None
     sent_per_step: float | None
+    peak_sent: float | None
     peak: float
     samples: int
     step_seconds: float
@@ -111,6 +113,7 @@ def _line(own: list[dict[str, Any]], baseline: dict[int, float], tau: int) -> Li
         hidden=_median([s["hidden"] for s in own]),
         sent=sent,
         sent_per_step=None if sent is None else sent / (1 if first["kind"] == "step" else tau),
+        peak_sent=_median([s["peak_sent"] for s in own]),
         peak=max(s["peak"] for s in own) / first["parameters"],
         samples=len(own),
         step_seconds=statistics.median(_per_step(s) for s in own),

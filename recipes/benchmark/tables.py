@@ -24,6 +24,7 @@ def race_table(cell: Cell, lines: Sequence[Line], tau: int) -> Table:
         "s\nexposed",
         "s\nhidden",
         "MB/step\nsent",
+        "most in\na step",
         "peak\nmemory",
         "n",
     ):
@@ -39,25 +40,29 @@ def race_table(cell: Cell, lines: Sequence[Line], tau: int) -> Table:
             _number(line.exposed),
             _number(line.hidden),
             _number(line.sent_per_step, 1e6),
+            _number(line.peak_sent, 1e6),
             f"{line.peak:.1f}",
             str(line.samples),
         )
     table.caption = (
         "x no comm.: step time in units of no communication, median of n; exposed, hidden: of one "
-        "synchronisation, as commhooks counts; sent: by each rank, headers included; peak memory: "
-        "model, gradients and all, in units of the parameters"
+        "averaging of the model, as commhooks counts; sent: by each rank, headers included, on "
+        "average and the most during one step; peak memory: model, gradients and all, in units of "
+        "the parameters"
     )
     return table
 
 
 def overhead_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """A step that is no boundary."""
-    table = _table("A step that is no boundary")
+    """A step that neither launches nor lands."""
+    table = _table("A step that neither launches nor lands")
+    table.add_column("")
     table.add_column("DDP's buckets", justify="right")
     table.add_column("identity hook (µs)", justify="right")
     table.add_column("commhooks, more (µs)", justify="right")
     for record in records:
         table.add_row(
+            record["state"],
             str(record["buckets"]),
             f"{record['identity_us']:,.0f}",
             f"{record['difference_us']:+,.0f}",

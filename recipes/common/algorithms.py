@@ -3,9 +3,11 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import tyro
+from torch.optim import SGD, AdamW
 
 import commhooks
 from commhooks import CommHookState
@@ -14,8 +16,17 @@ from common.errors import RecipeError
 __all__ = ["AlgorithmName", "AlgorithmOptions", "build_state", "hyper_parameters", "run_name"]
 
 AlgorithmName = Literal[
-    "ddp", "all-reduce", "local-sgd", "overlap-local-sgd", "easgd", "cocod-sgd", "bmuf"
+    "ddp",
+    "all-reduce",
+    "local-sgd",
+    "overlap-local-sgd",
+    "easgd",
+    "cocod-sgd",
+    "bmuf",
+    "diloco",
+    "slowmo",
 ]
+OuterName = Literal["nesterov", "sgd", "adamw"]
 
 _STATES: dict[AlgorithmName, type[CommHookState]] = {
     "all-reduce": commhooks.AllReduce,
@@ -24,7 +35,13 @@ _STATES: dict[AlgorithmName, type[CommHookState]] = {
     "easgd": commhooks.EASGD,
     "cocod-sgd": commhooks.CoCoDSGD,
     "bmuf": commhooks.BMUF,
+    "diloco": commhooks.DiLoCo,
+    "slowmo": commhooks.SlowMo,
 }
+# Arguments of a state that no option sets.
+_NO_OPTIONS = ("process_group", "average_buffers")
+# --lr is the learning rate of the workers' own optimizer.
+_OPTION_NAMES = {"lr": "slow_lr"}
 # The library leaves tau to its user, since it depends on the network; so must a recipe's default.
 _DEFAULT_TAU = 8
 # What a run's name says for them: lists of runs show the first 30 letters or so.
@@ -41,6 +58,14 @@ _SHORT_OPTIONS = {
     "eta": "e",
     "zeta": "z",
     "warmup_steps": "w",
+    "fragments": "f",
+    "delay": "d",
+    "outer_lr": "olr",
+    "outer_momentum": "om",
+    "slow_lr": "slr",
+    # Their values say what they are.
+    "outer": "",
+    "merge": "",
 }
 
 _hint = tyro.conf.arg
@@ -57,11 +82,14 @@ class AlgorithmOptions:
     """Steps between two averagings of the parameters."""
     alpha: Annotated[
         float | None,
-        _hint(metavar="FLOAT", help_behavior_hint="(default: 0.6; easgd: 0.9/workers)"),
+        _hint(metavar="FLOAT", help_behavior_hint="(default: 0.6; easgd: 0.9/workers; diloco: 0)"),
     ] = None
-    """overlap-local-sgd, easgd: how strongly a worker is drawn to the anchor."""
-    beta: Annotated[float | None, _hint(metavar="FLOAT", help_behavior_hint="(default: 0)")] = None
-    """overlap-local-sgd: momentum of the anchor."""
+    """overlap-local-sgd, easgd: how strongly a worker is drawn to the anchor; diloco: the weight of
+    the worker's own model in a blend, where 0 replaces it."""
+    beta: Annotated[
+        float | None, _hint(metavar="FLOAT", help_behavior_hint="(default: 0; slowmo: 0.5)")
+    ] = None
+    """overlap-local-sgd: momentum of the anchor; slowmo: the slow momentum."""
     eta: Annotated[
         float | None, _hint(metavar="FLOAT", help_behavior_hint="(default: 1-1/workers)")
     ] = None
@@ -70,6 +98,35 @@ class AlgorithmOptions:
     """bmuf: block learning rate."""
     nesterov: tyro.conf.FlagCreatePairsOff[bool] = False
     """bmuf: Nesterov block momentum."""
+    outer: Annotated[
+        OuterName | None,
+        _hint(metavar="nesterov|sgd|adamw", help_behavior_hint="(default: nesterov)"),
+    ] = None
+    """diloco: the outer optimizer; SGD with Nesterov's momentum, SGD with the common one, AdamW."""
+    outer_lr: Annotated[
+        float | None, _hint(metavar="RATE", help_behavior_hint="(default: 0.7; adamw: none)")
+    ] = None
+    """diloco: learning rate of the outer optimizer. AdamW moves every parameter by about as much in
+    each round."""
+    outer_momentum: Annotated[
+        float | None, _hint(metavar="FLOAT", help_behavior_hint="(default: 0.9; adamw: none)")
+    ] = None
+    """diloco: momentum of the outer optimizer."""
+    fragments: Annotated[int | None, _hint(metavar="INT", help_behavior_hint="(default: 1)")] = None
+    """diloco: parts of the model that are averaged in turn."""
+    delay: Annotated[
+        int | str | None, _hint(metavar="STEPS|tau|tau/INT", help_behavior_hint="(default: 0)")
+    ] = None
+    """diloco: steps from the launch of a round to its use; 0 waits for it."""
+    merge: Annotated[
+        Literal["blend", "carry"] | None,
+        _hint(metavar="blend|carry", help_behavior_hint="(default: blend)"),
+    ] = None
+    """diloco: how a worker takes the result up; carry keeps what it has learnt in the meantime."""
+    slow_lr: Annotated[float | None, _hint(metavar="RATE", help_behavior_hint="(default: 1)")] = (
+        None
+    )
+    """slowmo: the slow learning rate."""
     warmup_steps: Annotated[
         int | None, _hint(metavar="STEPS", help_behavior_hint="(default: 0)")
     ] = None
@@ -95,17 +152,26 @@ def hyper_parameters(options: AlgorithmOptions) -> dict[str, Any]:
     """All hyper-parameters of the chosen algorithm, the library's defaults filled in.
 
     Raises:
-        RecipeError: an option was given that the algorithm does not have.
+        RecipeError: an option was given that the algorithm does not have, or cannot be read.
     """
     defaults = _defaults(options.algorithm)
     given = options.given()
+    if given.get("outer") == "adamw":
+        # It has no momentum, and a good rate depends on how far a round goes.
+        del defaults["outer_lr"], defaults["outer_momentum"]
+        if "outer_lr" not in given:
+            raise RecipeError("--outer adamw needs an --outer-lr, such as 0.01")
+        defaults["outer_lr"] = given["outer_lr"]
     foreign = [_flag(name) for name in given if name not in defaults]
     if foreign:
         own = ", ".join(_flag(name) for name in defaults) or "none"
         raise RecipeError(
             f"{', '.join(foreign)}: not an option of {options.algorithm}; its own are: {own}"
         )
-    return {**defaults, **given}
+    found = {**defaults, **given}
+    if "delay" in found:
+        found["delay"] = _steps(found["delay"], found["tau"])
+    return found
 
 
 def run_name(options: AlgorithmOptions, *, lr: float, seed: int, others: Sequence[str]) -> str:
@@ -152,7 +218,32 @@ def build_state(options: AlgorithmOptions) -> CommHookState | None:
     arguments = hyper_parameters(options)
     if options.algorithm == "ddp":
         return None
-    return _STATES[options.algorithm](**arguments)
+    if options.algorithm == "diloco":
+        arguments["outer"] = _outer(
+            arguments["outer"], arguments.pop("outer_lr"), arguments.pop("outer_momentum", 0.0)
+        )
+    names = {option: name for name, option in _OPTION_NAMES.items()}
+    return _STATES[options.algorithm](
+        **{names.get(option, option): value for option, value in arguments.items()}
+    )
+
+
+def _outer(name: OuterName, lr: float, momentum: float) -> partial[Any]:
+    """What builds DiLoCo's outer optimizer."""
+    if name == "adamw":
+        return partial(AdamW, lr=lr, weight_decay=0.0)
+    # torch refuses Nesterov's momentum of 0, which is none.
+    return partial(SGD, lr=lr, momentum=momentum, nesterov=name == "nesterov" and momentum > 0)
+
+
+def _steps(delay: int | str, tau: int) -> int:
+    """A number of steps, which may be said as a part of tau."""
+    if isinstance(delay, int):
+        return delay
+    head, slash, divisor = delay.partition("/")
+    if head != "tau" or bool(slash) != bool(divisor.isdigit() and int(divisor)):
+        raise RecipeError(f"--delay {delay}: write a number of steps, tau, or tau/4")
+    return tau // int(divisor or 1)
 
 
 def _defaults(name: AlgorithmName) -> dict[str, Any]:
@@ -163,10 +254,19 @@ def _defaults(name: AlgorithmName) -> dict[str, Any]:
     own = inspect.signature(_STATES[name]).parameters.values()
     common = inspect.signature(CommHookState).parameters.values()
     defaults = {
-        parameter.name: parameter.default
+        _OPTION_NAMES.get(parameter.name, parameter.name): parameter.default
         for parameter in (*own, *common)
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD and parameter.name != "process_group"
+        if parameter.name not in _NO_OPTIONS
     }
+    if name == "diloco":
+        # An optimizer is a name and two numbers on a command line.
+        sgd = defaults["outer"].keywords
+        outer = {"outer": "nesterov", "outer_lr": sgd["lr"], "outer_momentum": sgd["momentum"]}
+        defaults = {
+            key: value
+            for option, default in defaults.items()
+            for key, value in (outer if option == "outer" else {option: default}).items()
+        }
     return {**defaults, "tau": _DEFAULT_TAU}
 
 

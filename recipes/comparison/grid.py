@@ -201,4 +201,25 @@ GRIDS = {
         options=_SMALL,
         lr=(0.025, 0.05, 0.1, 0.15, 0.25, 0.5),
     ),
+    # How DiLoCo's workers take up a result that comes late; for recipes/language.py. The outer
+    # momentum is below the paper's, which is for a tau of 500.
+    "merges": Grid(
+        algorithms=(
+            "ddp",
+            "diloco:outer_momentum=0.5",
+            "diloco:outer_momentum=0.5,delay=tau/2",
+            "diloco:outer_momentum=0.5,delay=tau/2,alpha=0.5",
+            "diloco:outer_momentum=0.5,delay=tau/2,merge=carry",
+            "diloco:outer_momentum=0.5,delay=tau/4,fragments=4,alpha=0.5",
+        ),
+        tau=(4, 16, 64),
+        partitions=("iid",),
+        seeds=(0, 1, 2),
+        workers=2,
+        options=(
+            *("--layers", "1", "--width", "64", "--heads", "2", "--context", "64"),
+            *("--batch-size", "8", "--max-steps", "384", "--eval-every", "384"),
+            *("--lr-warmup-epochs", "0.005", "--sample", "0"),
+        ),
+    ),
 }

@@ -109,7 +109,8 @@ def legend_of_lines(figure: Figure, looks: Mapping[Method, Look], columns: int) 
         loc="outside lower center",
         ncols=columns,
         frameon=False,
-        fontsize=FONT_SIZE - 1,
+        # A single column is for labels that have no room beside each other, and hardly alone.
+        fontsize=FONT_SIZE - (1 if columns > 1 else 2),
         handlelength=3.2,
         columnspacing=1.2,
     )

@@ -19,6 +19,7 @@ from comparison.panels import (
 )
 from comparison.results import AXES, Axis, CellResult
 from comparison.style import FONT_SIZE, Look, looks
+from comparison.tables import Measure, quality_of
 
 __all__ = ["draw_all", "draw_curves"]
 
@@ -31,6 +32,8 @@ _ACCURACY = "test accuracy (%)"
 _CURVE_HEIGHT = 1.9
 # About as many markers on a curve, whatever its length.
 _MARKERS = 6
+# Letters of a legend's label that leave room for another beside it.
+_LETTERS = 28
 # A method's place beside its neighbours where several share a tau, in steps of the tau axis.
 _DODGE = 0.09
 
@@ -56,9 +59,11 @@ def draw_all(results: Sequence[CellResult], folder: Path) -> list[Path]:
         draw_exposed(drawn, folder / "exposed.png")
         pictures.append(folder / "exposed.png")
     taus = {result.cell.tau for result in drawn} - {None}
-    if len(taus) > 1 and any(result.figure("accuracy") for result in drawn):
-        draw_accuracy_over_tau(drawn, style, folder / "accuracy-tau.png")
-        pictures.append(folder / "accuracy-tau.png")
+    if len(taus) > 1:
+        quality = quality_of(drawn)
+        path = folder / f"{quality.slug}-tau.png"
+        draw_quality_over_tau(quality, drawn, style, path)
+        pictures.append(path)
     return pictures
 
 
@@ -70,10 +75,10 @@ def _over_learning_rates(results: Sequence[CellResult], folder: Path) -> list[Pa
     pictures = []
     for tau in columns:
         drawn = [result for result in results if result.cell.tau in (tau, None)]
-        name = "accuracy-lr" if len(taus) < 2 else f"accuracy-lr-tau={tau}"
-        if any(result.figure("accuracy") for result in drawn):
-            draw_accuracy_over_lr(drawn, style, folder / f"{name}.png")
-            pictures.append(folder / f"{name}.png")
+        quality = quality_of(drawn)
+        name = f"{quality.slug}-lr" + ("" if len(taus) < 2 else f"-tau={tau}")
+        draw_quality_over_lr(quality, drawn, style, folder / f"{name}.png")
+        pictures.append(folder / f"{name}.png")
     return pictures
 
 
@@ -82,7 +87,7 @@ def draw_curves(
 ) -> None:
     """A metric against an axis, one panel for every tau and partition."""
     panels = panels_of(results)
-    columns = 2 if len(panels[0]) == 1 else 4
+    columns = _legend_columns(style, one_panel=len(panels[0]) == 1)
     with canvas(
         len(panels),
         len(panels[0]),
@@ -104,6 +109,13 @@ def draw_curves(
         label_axes(axes, axis.label, _LOSS if metric.endswith("loss") else _ACCURACY)
         legend_of_lines(figure, style, columns)
         save(figure, path)
+
+
+def _legend_columns(style: Looks, *, one_panel: bool) -> int:
+    """As many as have room for the longest label, below one panel or below the width of a page."""
+    columns = 2 if one_panel else 4
+    longest = max(len(method.label) for method in style)
+    return columns if longest <= _LETTERS else columns // 2
 
 
 def _curves(axes: Axes, panel: Panel, style: Looks, metric: str, axis: Axis) -> None:
@@ -194,22 +206,27 @@ def _bars(axes: Axes, panel: Panel, methods: Sequence[Method]) -> None:
     axes.margins(x=0.35)
 
 
-def draw_accuracy_over_tau(results: Sequence[CellResult], style: Looks, path: Path) -> None:
-    """Final accuracy against tau, one panel a partition; a bar is a standard deviation each way."""
+def draw_quality_over_tau(
+    quality: Measure, results: Sequence[CellResult], style: Looks, path: Path
+) -> None:
+    """How good models are against tau, one panel a partition; a bar is a standard deviation."""
     taus = sorted({r.cell.tau for r in results if r.cell.tau is not None})
     places: Places = {tau: str(tau) for tau in taus}
     label = "tau (steps between two averagings)"
-    _draw_accuracy_over(results, style, path, places, lambda cell: cell.tau, label)
+    _draw_quality_over(quality, results, style, path, places, lambda cell: cell.tau, label)
 
 
-def draw_accuracy_over_lr(results: Sequence[CellResult], style: Looks, path: Path) -> None:
-    """Final accuracy against the learning rate, likewise."""
+def draw_quality_over_lr(
+    quality: Measure, results: Sequence[CellResult], style: Looks, path: Path
+) -> None:
+    """How good models are against the learning rate, likewise."""
     rates = sorted({r.cell.lr for r in results if r.cell.lr is not None})
     places: Places = {lr: f"{lr:g}" for lr in rates}
-    _draw_accuracy_over(results, style, path, places, lambda cell: cell.lr, "learning rate")
+    _draw_quality_over(quality, results, style, path, places, lambda cell: cell.lr, "learning rate")
 
 
-def _draw_accuracy_over(
+def _draw_quality_over(
+    quality: Measure,
     results: Sequence[CellResult],
     style: Looks,
     path: Path,
@@ -217,9 +234,9 @@ def _draw_accuracy_over(
     place: Callable[[Cell], float | None],
     label: str,
 ) -> None:
-    """Final accuracy at ``places``, that are evenly apart; ``place`` says where a cell belongs."""
+    """The quality at ``places``, that are evenly apart; ``place`` says where a cell belongs."""
     partitions = list(dict.fromkeys(result.cell.partition for result in results))
-    columns = 2 if len(partitions) == 1 else 4
+    columns = _legend_columns(style, one_panel=len(partitions) == 1)
     with canvas(
         1,
         len(partitions),
@@ -240,15 +257,16 @@ def _draw_accuracy_over(
                     if r.cell.partition == partition and r.cell.method == method
                 }
                 shift = _DODGE * (number - (len(style) - 1) / 2)
-                _accuracy(panel, own, list(places), look, shift)
+                _quality(panel, quality, own, list(places), look, shift)
             panel.set_xticks(range(len(places)), list(places.values()))
-        label_axes(axes, label, _ACCURACY)
+        label_axes(axes, label, quality.heading)
         legend_of_lines(figure, style, columns)
         save(figure, path)
 
 
-def _accuracy(
+def _quality(
     axes: Axes,
+    quality: Measure,
     results: Mapping[float | None, CellResult],
     places: Sequence[float],
     look: Look,
@@ -256,10 +274,10 @@ def _accuracy(
 ) -> None:
     points = []
     for place, result in results.items():
-        accuracy = result.figure("accuracy")
-        if accuracy is None:
+        found = result.figure(quality.name)
+        if found is None:
             continue
-        mean, deviation = 100 * accuracy.mean, 100 * (accuracy.deviation or 0.0)
+        mean, deviation = quality.scale * found.mean, quality.scale * (found.deviation or 0.0)
         if place is None:
             # Synchronised at every step: one value, for all tau.
             axes.axhline(mean, **{**look.line(), "marker": ""})

@@ -14,8 +14,8 @@ __all__ = ["AXES", "Axis", "CellResult", "Curve", "Spread", "spread"]
 
 Record = Mapping[str, Any]
 
-# Final results that are None where nobody counts.
-_MAYBE_UNCOUNTED = ("seconds_exposed", "seconds_hidden")
+# Final results that are None where nobody measures them, and never NaN.
+_MAYBE_UNMEASURED = ("accuracy", "seconds_exposed", "seconds_hidden")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class CellResult:
         """A final result such as ``accuracy``; None where no run has measured it."""
         key = f"final/{name}"
         values = [_number(run.summary[key]) for run in self.runs if key in run.summary]
-        if name in _MAYBE_UNCOUNTED:
+        if name in _MAYBE_UNMEASURED:
             values = [value for value in values if not math.isnan(value)]
         return spread(values) if values else None
 

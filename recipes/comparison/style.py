@@ -45,17 +45,39 @@ _LOOKS: dict[str, tuple[str, _Dashes, str]] = {
     "easgd": ("#D55E00", (0, (5, 1, 1, 1)), "^"),
     "cocod-sgd": ("#009E73", (0, (1, 1)), "D"),
     "bmuf": ("#CC79A7", (0, (5, 1, 1, 1, 1, 1)), "v"),
+    "diloco": ("#56B4E9", "-", "P"),
+    "slowmo": ("#882255", (0, (3, 1, 1, 1)), "p"),
 }
-_VARIANT_DASHES: tuple[_Dashes, ...] = ("-", (0, (2.5, 1)), (0, (1, 1.5)), (0, (6, 2)))
+_VARIANT_DASHES: tuple[_Dashes, ...] = (
+    "-",
+    (0, (2.5, 1)),
+    (0, (1, 1.5)),
+    (0, (6, 2)),
+    (0, (7, 1, 1, 1)),
+)
+# From the third variant on; hollow ones are between them.
+_VARIANT_MARKERS = ("*", "d", "H")
+_DARKER = 0.55
 
 
 def looks(methods: Iterable[Method]) -> dict[Method, Look]:
-    """A look for each method; a second one of the same algorithm has hollow markers, dashed."""
+    """A look for each method; a second one of the same algorithm has hollow markers, dashed.
+
+    Each further pair of them is darker, with markers of its own.
+    """
     found: dict[Method, Look] = {}
     for method in dict.fromkeys(methods):
         color, dashes, marker = _LOOKS[method.algorithm]
         variant = sum(other.algorithm == method.algorithm for other in found)
         if variant:
             dashes = _VARIANT_DASHES[variant % len(_VARIANT_DASHES)]
-        found[method] = Look(color, dashes, marker, hollow=variant % 2 == 1)
+        if variant > 1:
+            marker = _VARIANT_MARKERS[(variant // 2 - 1) % len(_VARIANT_MARKERS)]
+        found[method] = Look(_darker(color, variant // 2), dashes, marker, hollow=variant % 2 == 1)
     return found
+
+
+def _darker(color: str, times: int) -> str:
+    """A colour written as #RRGGBB, darker by so many shades."""
+    parts = (int(color[at : at + 2], 16) for at in (1, 3, 5))
+    return "#" + "".join(f"{round(part * _DARKER**times):02X}" for part in parts)

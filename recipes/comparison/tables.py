@@ -12,11 +12,11 @@ from common.markdown import machine, markdown_table
 from comparison.grid import Cell
 from comparison.results import CellResult
 
-__all__ = ["NOTE", "markdown", "terminal_tables"]
+__all__ = ["NOTE", "Measure", "markdown", "quality_of", "terminal_tables"]
 
 
 @dataclass(frozen=True)
-class _Figure:
+class Measure:
     """A final result: how it is headed, scaled and rounded."""
 
     name: str
@@ -24,6 +24,11 @@ class _Figure:
     scale: float = 1.0
     digits: int = 2
     spread: bool = True
+
+    @property
+    def slug(self) -> str:
+        """Its part of a file's name."""
+        return self.name.replace("_", "-")
 
     def text(self, result: CellResult) -> str:
         """Mean and spread; "-" where nobody measured it."""
@@ -41,17 +46,17 @@ class _Figure:
 
 # What says how good a model is; the first that a recipe measures counts.
 _QUALITIES = (
-    _Figure("accuracy", "test accuracy (%)", 100, 1),
-    _Figure("bits_per_byte", "bits per byte", 1, 3),
-    _Figure("loss", "test loss", 1, 3),
+    Measure("accuracy", "test accuracy (%)", 100, 1),
+    Measure("bits_per_byte", "bits per byte", 1, 3),
+    Measure("loss", "test loss", 1, 3),
 )
 _OTHERS = (
-    _Figure("loss", "test loss", 1, 3),
-    _Figure("train_loss", "training loss", 1, 3),
-    _Figure("seconds", "training time (s)", 1, 1),
-    _Figure("seconds_exposed", "exposed (s)"),
-    _Figure("seconds_hidden", "hidden (s)"),
-    _Figure("megabytes_sent", "sent by each (MB)", 1, 1, spread=False),
+    Measure("loss", "test loss", 1, 3),
+    Measure("train_loss", "training loss", 1, 3),
+    Measure("seconds", "training time (s)", 1, 1),
+    Measure("seconds_exposed", "exposed (s)"),
+    Measure("seconds_hidden", "hidden (s)"),
+    Measure("megabytes_sent", "sent by each (MB)", 1, 1, spread=False),
 )
 NOTE = (
     "Mean ± sample standard deviation over seeds, of the consensus model. Exposed: time a worker "
@@ -94,7 +99,7 @@ def markdown(results: Sequence[CellResult], *, command: str, details: str) -> st
 
 def _tables(results: Sequence[CellResult]) -> list[_Table]:
     """First how good the models are, side by side, and then all figures, for every partition."""
-    quality = _quality(results)
+    quality = quality_of(results)
     partitions = list(dict.fromkeys(result.cell.partition for result in results))
     shares = {p: [r for r in results if r.cell.partition == p] for p in partitions}
     tables = []
@@ -105,7 +110,8 @@ def _tables(results: Sequence[CellResult]) -> list[_Table]:
     return tables + [_figures(quality, partition, share) for partition, share in shares.items()]
 
 
-def _quality(results: Sequence[CellResult]) -> _Figure:
+def quality_of(results: Sequence[CellResult]) -> Measure:
+    """What says how good these models are."""
     measured = (
         figure
         for figure in _QUALITIES
@@ -114,7 +120,7 @@ def _quality(results: Sequence[CellResult]) -> _Figure:
     return next(measured, _QUALITIES[-1])
 
 
-def _over_tau(quality: _Figure, partition: str, results: Sequence[CellResult]) -> _Table:
+def _over_tau(quality: Measure, partition: str, results: Sequence[CellResult]) -> _Table:
     """One row a method and learning rate, one column a tau."""
     # 0 for those that synchronise at every step.
     columns: dict[float, str] = {
@@ -128,7 +134,7 @@ def _over_tau(quality: _Figure, partition: str, results: Sequence[CellResult]) -
     return _side_by_side(quality, partition, results, columns, place)
 
 
-def _over_lr(quality: _Figure, partition: str, results: Sequence[CellResult]) -> _Table:
+def _over_lr(quality: Measure, partition: str, results: Sequence[CellResult]) -> _Table:
     """One row a method and tau, one column a learning rate."""
     columns = {lr: f"lr={lr:g}" for lr in sorted({r.cell.lr for r in results if r.cell.lr})}
 
@@ -139,7 +145,7 @@ def _over_lr(quality: _Figure, partition: str, results: Sequence[CellResult]) ->
 
 
 def _side_by_side(
-    quality: _Figure,
+    quality: Measure,
     partition: str,
     results: Sequence[CellResult],
     columns: Mapping[float, str],
@@ -154,7 +160,7 @@ def _side_by_side(
     return f"{quality.heading}, {partition}", ["", *columns.values()], rows
 
 
-def _figures(quality: _Figure, partition: str, results: Sequence[CellResult]) -> _Table:
+def _figures(quality: Measure, partition: str, results: Sequence[CellResult]) -> _Table:
     """One row a cell."""
     figures = [quality, *(figure for figure in _OTHERS if figure.name != quality.name)]
     head = ["", "tau", "lr", *(figure.heading for figure in figures), "seeds"]

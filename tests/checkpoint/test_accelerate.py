@@ -144,6 +144,14 @@ def test_tensors_and_plain_values_only(tmp_path: Path) -> None:
         assert len(saved["optimizers"]) == 2
 
 
+def vectors(saved: dict[str, Any]) -> dict[str, list[Tensor]]:
+    """Those of all parts that a state keeps."""
+    parts = saved.get("fragments", [saved])
+    return {
+        name: [p for part in parts for p in part["vectors"][name]] for name in parts[0]["vectors"]
+    }
+
+
 def resume_elsewhere(case: Case, folder: Path) -> tuple[Tensor, Tensor, int, float, str]:
     """Where a rank of another world starts: its model, its anchor, its optimizer state, the log."""
     records: list[str] = []
@@ -153,10 +161,8 @@ def resume_elsewhere(case: Case, folder: Path) -> tuple[Tensor, Tensor, int, flo
     run = Accelerated(case)
     run.go_on_from(str(folder), 4)
     values = torch.cat([v.float().reshape(-1) for v in run.model.state_dict().values()])
-    vectors = run.state.state_dict()["vectors"]
-    anchor = torch.cat(
-        [p.reshape(-1) for p in vectors.get("z", vectors.get("wire", []))] or [values]
-    )
+    kept = vectors(run.state.state_dict())
+    anchor = torch.cat([p.reshape(-1) for p in kept.get("z", kept.get("wire", []))] or [values])
     moments = sum(len(each.optimizer.state) for each in run.optimizers)
     rate = run.optimizers[0].param_groups[0]["lr"]
     run.step()
@@ -170,7 +176,7 @@ def test_another_number_of_ranks_starts_from_the_consensus(tmp_path: Path, size:
     own = run_ranks(save_and_tell, 2, case, tmp_path)
     consensus = mean(own)
     z = torch.load(tmp_path / "commhooks-rank-00000-of-00002.pt", weights_only=True)
-    anchor = torch.cat([part.reshape(-1) for part in z["states"][0]["vectors"]["z"]])
+    anchor = torch.cat([part.reshape(-1) for part in vectors(z["states"][0])["z"]])
     ends = run_ranks(resume_elsewhere, size, case, tmp_path)
     for values, z_there, moments, rate, _ in ends:
         torch.testing.assert_close(values, consensus)

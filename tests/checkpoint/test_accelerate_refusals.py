@@ -186,7 +186,10 @@ def save_and_go_on(folder: Path, place: str) -> tuple[str, bool]:
 
     if place == "a hook of the script":
         run.accelerator.register_save_state_pre_hook(full)
-    elif dist.get_rank() == 1:
+    elif place == "the folder" and dist.get_rank() == 1:
+        (folder / "taken").touch()
+        folder = folder / "taken"
+    elif place == "the rank's file" and dist.get_rank() == 1:
         # The directory is taken by a file of the same name as the draft's.
         (folder / ".commhooks-rank-00001-of-00002.pt.draft").mkdir(parents=True)
     with pytest.raises(Exception) as failure:  # noqa: PT011 - looked at by the test
@@ -197,13 +200,21 @@ def save_and_go_on(folder: Path, place: str) -> tuple[str, bool]:
     return f"{type(failure.value).__name__}: {failure.value}", unchanged
 
 
-@pytest.mark.parametrize("place", ["a hook of the script", "the rank's file"])
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("a hook of the script", "No space left"),
+        ("the rank's file", "IsADirectoryError"),
+        ("the folder", "FileExistsError"),
+    ],
+)
 def test_a_rank_that_cannot_save_stops_every_rank_and_changes_nothing(
-    tmp_path: Path, place: str
+    tmp_path: Path, place: str, words: str
 ) -> None:
     (first, unchanged_0), (second, unchanged_1) = run_ranks(save_and_go_on, 2, tmp_path, place)
     assert first.startswith("CheckpointError")
     assert "ank 1: " in first
-    assert ("No space left" if place == "a hook of the script" else "IsADirectoryError") in second
+    assert words in first
+    assert words in second
     assert unchanged_0
     assert unchanged_1

@@ -111,7 +111,9 @@ def same(a: Any, b: Any) -> bool:
 
 def taken(load: Callable[[Any], object], good: dict[str, Any]) -> list[str]:
     """The damages that ``load`` did not refuse as it should."""
-    todo = [*damages(good), ("tau is 0", zeroed(good, "tau"))]
+    todo = list(damages(good))
+    if "tau" in good["hyperparameters"]:
+        todo.append(("tau is 0", zeroed(good, "tau")))
     wrong = []
     for words, damaged in todo:
         try:

@@ -98,6 +98,8 @@ CASES = [
     Case("OverlapLocalSGD", {"tau": 2, "beta": 0.5}),
     Case("CoCoDSGD", {"tau": 4}),
     Case("BMUF", {"tau": 2}, warmup_steps=50),
+    Case("DiLoCo", {"tau": 4, "fragments": 2, "delay": 3, "alpha": 0.5}),
+    Case("SlowMo", {"tau": 2}),
     Case("AllReduce"),
 ]
 

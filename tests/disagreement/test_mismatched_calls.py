@@ -14,6 +14,8 @@ from tests.training import Trainer
 WARM = Case("OverlapLocalSGD", {"tau": 2}, warmup_steps=50)
 BLOCKING = Case("LocalSGD", {"tau": 2})
 OVERLAPPED = Case("EASGD", {"tau": 2})
+STREAMING = Case("DiLoCo", {"tau": 4, "fragments": 2, "delay": 3})
+"""With two rounds in flight after steps 4, 5, 8 and 9."""
 
 # DDP exchanges its buckets' layout in the second forward, so every game is past it.
 WITH_A_STEP = [
@@ -26,6 +28,8 @@ WITH_A_STEP = [
     Game(OVERLAPPED, 3, ("train", "averaged")),
     Game(Case("CoCoDSGD", {"tau": 3}), 4, ("disable", "train")),
     Game(Case("BMUF", {"tau": 2}), 4, ("finish", "train")),
+    Game(STREAMING, 4, ("train", "averaged")),
+    Game(STREAMING, 5, ("finish", "train")),
 ]
 BETWEEN_CALLS = [
     Game(WARM, 3, ("averaged", "disable")),
@@ -36,11 +40,13 @@ BETWEEN_CALLS = [
     Game(OVERLAPPED, 5, ("averaged", "finish")),
     Game(Case("OverlapLocalSGD", {"tau": 3}), 5, ("averaged", "averaged", "finish")),
     Game(BLOCKING, 3, ("averaged", "train", "finish")),
+    Game(STREAMING, 4, ("averaged", "finish")),
 ]
 WITH_CLOSE = [
     Game(BLOCKING, 3, ("close", "train")),
     Game(OVERLAPPED, 4, ("averaged", "close")),
     Game(WARM, 3, ("close", "finish")),
+    Game(STREAMING, 4, ("train", "close")),
 ]
 
 

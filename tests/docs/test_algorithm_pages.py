@@ -2,7 +2,9 @@
 
 import inspect
 import re
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,8 @@ ALGORITHMS: dict[str, list[CommHookState]] = {
     "easgd": [commhooks.EASGD(1)],
     "cocod-sgd": [commhooks.CoCoDSGD(1)],
     "bmuf": [commhooks.BMUF(1)],
+    "slowmo": [commhooks.SlowMo(1)],
+    "diloco": [commhooks.DiLoCo(1), commhooks.DiLoCo(1, merge="carry")],
 }
 ROW = re.compile(r"^\| `(\w+)` \| ([^|]*) \|", re.MULTILINE)
 
@@ -38,14 +42,22 @@ def test_arguments_and_defaults(name: str) -> None:
     arguments = {
         argument.name: argument.default
         for argument in inspect.signature(type(state)).parameters.values()
-        if argument.kind is not argument.VAR_KEYWORD
+        # What all of them take is documented once.
+        if argument.kind is not argument.KEYWORD_ONLY
     }
     assert documented.keys() == arguments.keys()
     for argument, default in arguments.items():
         if default is inspect.Parameter.empty:
             assert documented[argument] == "none, must be given"
         else:
-            assert documented[argument].replace("`", "").startswith(str(default)), argument
+            assert documented[argument].replace("`", "").startswith(written(default)), argument
+
+
+def written(default: Any) -> str:
+    if isinstance(default, partial):
+        arguments = ", ".join(f"{name}={value}" for name, value in default.keywords.items())
+        return f"partial({default.func.__name__}, {arguments})"
+    return f'"{default}"' if isinstance(default, str) else str(default)
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
@@ -53,6 +65,8 @@ def test_memory_and_kind_of_rounds(name: str) -> None:
     page, states = (FOLDER / f"{name}.md").read_text(), ALGORITHMS[name]
     (memory,) = re.findall(r"^\| memory \| (.*) \|$", page, re.MULTILINE)
     numbers = {int(number) for number in re.findall(r"(?<!=)\b\d\b", memory)}
-    assert numbers == {1 + len(state.vectors) for state in states}
-    kind = "overlapped" if states[0].overlapped else "blocking"
+    # The wire, the vectors, and the momentum of DiLoCo's default.
+    outer = isinstance(states[0], commhooks.DiLoCo)
+    assert numbers == {1 + len(state.vectors) + outer for state in states}
+    kind = "overlapped" if states[0].delay else "blocking"
     assert f"| rounds | {kind}: " in page

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.results import lines
+from benchmark.bars import measured_bars
+from benchmark.contenders import DELAYED, STREAMING, TORCHFT_DELAYED
+from benchmark.results import Cell, Line, lines
 from network.sandbox import refusal
 from tests.harness import scaled
 
@@ -30,13 +32,13 @@ def test_quick_form_measures_every_contender(tmp_path: Path) -> None:
     races = [record for record in records if record["measurement"] == "race"]
     names = {record["contender"] for record in races}
     assert {"no communication", "DDP", "accelerate LocalSGD"} < names
-    assert sum(name.startswith("commhooks") for name in names) == 7
+    assert sum(name.startswith("commhooks") for name in names) == 11
     # Every algorithm, and each of its lines, in every cell.
     cells = {(record["ranks"], record["rate"]) for record in races}
     for cell in cells:
         assert names == {r["contender"] for r in races if (r["ranks"], r["rate"]) == cell}
-    assert len([r for r in records if r["measurement"] == "overheads"]) == 3
-    assert len([r for r in records if r["measurement"] == "boundaries"]) == 6
+    assert len([r for r in records if r["measurement"] == "overheads"]) == 6
+    assert len([r for r in records if r["measurement"] == "boundaries"]) == 11
     assert (folder / "bench.png").stat().st_size > 10_000
     assert list(folder.glob("wandb/offline-run-*"))
     if refusal() is None:
@@ -45,6 +47,8 @@ def test_quick_form_measures_every_contender(tmp_path: Path) -> None:
         for name in ("DDP", "commhooks LocalSGD", "commhooks OverlapLocalSGD"):
             sample = by_name[name]
             assert 1.0 < sample["sent"] / sample["parameters"] < 1.10, name
+        streaming = by_name["commhooks DiLoCo, 4 fragments"]
+        assert 1.0 < streaming["sent"] / streaming["parameters"] < 1.15
         assert by_name["no communication"]["sent"] < 0.01 * by_name["DDP"]["parameters"]
 
 
@@ -60,6 +64,41 @@ def test_a_sample_is_compared_within_its_repeat() -> None:
     assert ddp.multiple == (3.5, 3.0, 4.0)
 
 
+def test_what_streaming_sends_in_a_step_is_compared_where_no_link_spreads_it() -> None:
+    results = {
+        Cell(2, "unshaped", "pretend"): [_line(DELAYED, 40.0, 1.0), _line(STREAMING, 10.0, 1.0)],
+        Cell(2, "200mbit", "pretend"): [
+            *(_line(DELAYED, 7.5, 1.005), _line(STREAMING, 7.5, 1.002)),
+            _line(TORCHFT_DELAYED, 7.5, 1.2),
+        ],
+    }
+    bars = {bar.what: bar for bar in measured_bars(results, {})}
+    (peak,) = (bar for what, bar in bars.items() if "the most sent" in what)
+    assert (peak.bar, peak.measured) == ("at most 0.3", "0.25")
+    (ours,) = (bar for what, bar in bars.items() if "4 fragments, 2 ranks" in what)
+    assert ours.measured == "1.002 to 1.005"
+    (theirs,) = (bar for what, bar in bars.items() if "torchft" in what)
+    assert theirs.measured == "1.200"
+
+
+def _line(contender: str, peak_sent: float, multiple: float) -> Line:
+    return Line(
+        contender=contender,
+        kind="overlapped",
+        multiple=(multiple,) * 3,
+        above=0.0,
+        exposed=0.0,
+        hidden=0.0,
+        sent=None,
+        sent_per_step=None,
+        peak_sent=peak_sent,
+        peak=1.0,
+        samples=1,
+        step_seconds=0.3,
+        parameters=1,
+    )
+
+
 def _sample(contender: str, repeat: int, seconds: float) -> dict[str, object]:
     return {
         "contender": contender,
@@ -70,6 +109,7 @@ def _sample(contender: str, repeat: int, seconds: float) -> dict[str, object]:
         "exposed": None,
         "hidden": None,
         "sent": None,
+        "peak_sent": None,
         "peak": 1,
         "parameters": 1,
     }

@@ -94,7 +94,8 @@ def test_the_papers_table() -> None:
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_recipe_takes_every_named_grid(name: str, tmp_path: Path) -> None:
-    planned = plan(GRIDS[name], tmp_path)
+    recipe = RECIPES / "language.py" if name == "merges" else VISION
+    planned = plan(GRIDS[name], tmp_path, recipe)
     assert len({run.identity.name for run in planned}) == len(planned)
 
 
@@ -138,5 +139,11 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path) -> None:
         plan_runs(script, GRID, group="", tags=(), folder=tmp_path)
 
 
-def plan(grid: Grid, folder: Path) -> list[PlannedRun]:
-    return plan_runs(VISION, grid, group="a group", tags=("a-tag",), folder=folder)
+def test_a_delay_follows_tau(tmp_path: Path) -> None:
+    """What the command line says is the same at every tau; what the run has, and W&B, is not."""
+    grid = GRID.with_changes(algorithms=("diloco:delay=tau/2",), tau=(2, 8), seeds=(0,))
+    assert [run.config["delay"] for run in plan(grid, tmp_path)] == [1, 4]
+
+
+def plan(grid: Grid, folder: Path, recipe: Path = VISION) -> list[PlannedRun]:
+    return plan_runs(recipe, grid, group="a group", tags=("a-tag",), folder=folder)

@@ -136,3 +136,20 @@ def test_several_learning_rates_make_a_picture_for_each_tau(tmp_path: Path) -> N
         # Synchronised at every step or not, it was run at every rate.
         curves = [line for line in axes.get_lines() if len(line.get_xdata()) == 2]  # type: ignore[arg-type]
         assert [list(line.get_ydata()) for line in curves[:2]] == [[80.0, 90.0]] * 2  # type: ignore[arg-type]
+
+
+def test_a_language_models_quality_is_its_bits_per_byte(tmp_path: Path) -> None:
+    run = recorded()
+    for record in run.history:
+        record.pop("eval/accuracy", None)
+    run.summary["final/accuracy"] = None
+    run.summary["final/bits_per_byte"] = 2.5
+    merges = ("diloco", "diloco:delay=tau", "diloco:delay=tau,alpha=0.5", "diloco:merge=carry")
+    cells = [result(merge, tau, [run]) for merge in merges for tau in (2, 8)]
+    figures = draw(cells, tmp_path)
+    assert "bits-per-byte-tau" in figures
+    (axes,) = figures["bits-per-byte-tau"].axes
+    assert axes.get_ylabel() == "bits per byte"
+    found = looks([cell.cell.method for cell in cells]).values()
+    assert len({(look.dashes, look.marker, look.hollow) for look in found}) == len(merges)
+    assert len({(look.marker, look.hollow) for look in found}) == len(merges)

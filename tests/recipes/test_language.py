@@ -88,3 +88,19 @@ def test_accumulation_clipping_bf16_and_going_on(tmp_path: Path) -> None:
     again = train_language(second, "local-sgd", *options, *steps, "--resume", str(middle))
     assert "going on after step 6" in again.printed
     assert (again.results.loss, again.results.samples) == (whole.loss, whole.samples)
+
+
+def test_streaming_diloco_goes_on_with_its_outer_optimizer(tmp_path: Path) -> None:
+    """Half a run of two fragments, one of them in flight, ends on the loss of the whole one."""
+    form = ("--tau", "4", "--fragments", "2", "--delay", "tau/2", "--merge", "carry")
+    steps = ("--max-steps", "12", "--checkpoint-every", "6")
+    first, second = tmp_path / "whole", tmp_path / "half"
+    for folder in (first, second):
+        folder.mkdir()
+    whole = train_language(first, "diloco", *form, *steps).results
+    # After the steps 2, 6, 10 and 4, 8, 12.
+    assert (whole.steps, whole.rounds) == (12, 6)
+    middle = first / "checkpoints" / "checkpoint-00000006"
+    again = train_language(second, "diloco", *form, *steps, "--resume", str(middle))
+    assert "going on after step 6" in again.printed
+    assert again.results.loss == whole.loss

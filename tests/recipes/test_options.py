@@ -1,6 +1,6 @@
 """Options: what is passed on, what is refused, and what help says."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, get_args
 
 import pytest
@@ -38,6 +38,25 @@ def read(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> vision.Config:
             AlgorithmOptions("bmuf", nesterov=True, eta=0.5),
             "BMUF(tau=8, eta=0.5, zeta=1.0, nesterov=True, warmup_steps=0)",
         ),
+        (
+            AlgorithmOptions("diloco", fragments=4, delay=2, alpha=0.5),
+            "DiLoCo(tau=8, outer='torch.optim.sgd.SGD(lr=0.7, momentum=0.9, nesterov=True)', "
+            "fragments=4, delay=2, merge='blend', alpha=0.5, warmup_steps=0)",
+        ),
+        (
+            AlgorithmOptions("diloco", outer="sgd", outer_lr=1.0, outer_momentum=0.5),
+            "DiLoCo(tau=8, outer='torch.optim.sgd.SGD(lr=1.0, momentum=0.5, nesterov=False)', "
+            "fragments=1, delay=0, merge='blend', alpha=0.0, warmup_steps=0)",
+        ),
+        (
+            AlgorithmOptions("diloco", outer="adamw", outer_lr=0.01, merge="carry", delay="tau"),
+            "DiLoCo(tau=8, outer='torch.optim.adamw.AdamW(lr=0.01, weight_decay=0.0)', "
+            "fragments=1, delay=8, merge='carry', alpha=0.0, warmup_steps=0)",
+        ),
+        (
+            AlgorithmOptions("slowmo", beta=0.7, slow_lr=0.9),
+            "SlowMo(tau=8, beta=0.7, lr=0.9, warmup_steps=0)",
+        ),
     ],
 )
 def test_options_reach_the_state(options: AlgorithmOptions, state: str) -> None:
@@ -51,12 +70,20 @@ def test_plain_ddp_has_no_state() -> None:
     assert build_state(AlgorithmOptions("ddp")) is None
 
 
+def test_dilocos_default_is_the_librarys() -> None:
+    built = build_state(AlgorithmOptions("diloco", tau=8))
+    assert repr(built) == repr(commhooks.DiLoCo(8))
+
+
+NOT_NUMBERS = {"nesterov": True, "outer": "sgd", "merge": "carry"}
+
+
 @pytest.mark.parametrize("algorithm", get_args(AlgorithmName))
 @pytest.mark.parametrize(
-    "name", ["tau", "alpha", "beta", "eta", "zeta", "nesterov", "warmup_steps", "bucket_cap_mb"]
+    "name", [f.name for f in fields(AlgorithmOptions) if f.name != "algorithm"]
 )
 def test_an_option_is_the_algorithms_or_refused(algorithm: AlgorithmName, name: str) -> None:
-    value = True if name == "nesterov" else 1
+    value = NOT_NUMBERS.get(name, 1)
     values: dict[str, Any] = {name: value}
     options = replace(AlgorithmOptions(algorithm), **values)
     if name in hyper_parameters(AlgorithmOptions(algorithm)):
@@ -65,6 +92,37 @@ def test_an_option_is_the_algorithms_or_refused(algorithm: AlgorithmName, name: 
     flag = "--" + name.replace("_", "-")
     with pytest.raises(RecipeError, match=f"{flag}: not an option of {algorithm}"):
         hyper_parameters(options)
+
+
+@pytest.mark.parametrize(
+    ("delay", "steps"), [(3, 3), ("tau", 8), ("tau/4", 2), ("tau/3", 2), ("tau/16", 0)]
+)
+def test_a_delay_may_be_a_part_of_tau(delay: int | str, steps: int) -> None:
+    assert hyper_parameters(AlgorithmOptions("diloco", tau=8, delay=delay))["delay"] == steps
+
+
+@pytest.mark.parametrize("delay", ["soon", "tau/", "tau/0", "tau/x", "2tau", "tau/-2", ""])
+def test_what_is_no_delay_is_refused(delay: str) -> None:
+    with pytest.raises(RecipeError, match="write a number of steps, tau, or tau/4"):
+        hyper_parameters(AlgorithmOptions("diloco", delay=delay))
+
+
+def test_a_delay_above_tau_is_refused() -> None:
+    with pytest.raises(commhooks.HyperParameterError, match="delay must be at most tau"):
+        build_state(AlgorithmOptions("diloco", tau=8, delay=9))
+
+
+def test_an_outer_adamw_has_a_rate_of_its_own_and_no_momentum() -> None:
+    with pytest.raises(RecipeError, match="needs an --outer-lr"):
+        hyper_parameters(AlgorithmOptions("diloco", outer="adamw"))
+    with pytest.raises(RecipeError, match="--outer-momentum: not an option"):
+        hyper_parameters(AlgorithmOptions("diloco", outer="adamw", outer_lr=1, outer_momentum=0.9))
+
+
+def test_an_outer_momentum_of_zero_is_plain_sgd() -> None:
+    """torch refuses it together with Nesterov's form, which is the default."""
+    state = build_state(AlgorithmOptions("diloco", outer_momentum=0.0))
+    assert "momentum=0.0, nesterov=False" in repr(state)
 
 
 def test_zero_is_a_value_and_is_refused_as_one() -> None:
@@ -97,6 +155,15 @@ def name(options: AlgorithmOptions, *, lr: float = 0.05, seed: int = 0) -> str:
             AlgorithmOptions("local-sgd", bucket_cap_mb=1.0),
             "local t8 lr0.05 s0 major-class 2w",
         ),
+        (
+            AlgorithmOptions("diloco", tau=16, delay="tau/4", fragments=4, alpha=0.5),
+            "diloco t16 lr0.05 s0 f4 d4 a0.5 major-class 2w",
+        ),
+        (
+            AlgorithmOptions("diloco", outer="sgd", outer_lr=1.0, delay=2, merge="carry"),
+            "diloco t8 lr0.05 s0 sgd olr1 d2 carry major-class 2w",
+        ),
+        (AlgorithmOptions("slowmo", slow_lr=0.9), "slowmo t8 lr0.05 s0 slr0.9 major-class 2w"),
     ],
 )
 def test_a_run_says_what_it_is(options: AlgorithmOptions, expected: str) -> None:
@@ -132,6 +199,27 @@ def test_the_command_line_is_flat(monkeypatch: pytest.MonkeyPatch) -> None:
     assert config.training.lr_milestones == (3.0, 4.5)
     assert config.run.mixed_precision == "bf16"
     assert config.run.tags == ("a", "b")
+
+
+def test_the_command_line_of_diloco(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = (
+        *("--algorithm", "diloco", "--tau", "16", "--outer", "sgd", "--outer-lr", "0.9"),
+        *("--outer-momentum", "0.8", "--fragments", "4", "--delay", "tau/4", "--merge", "carry"),
+    )
+    expected = AlgorithmOptions(
+        "diloco",
+        tau=16,
+        outer="sgd",
+        outer_lr=0.9,
+        outer_momentum=0.8,
+        fragments=4,
+        delay="tau/4",
+        merge="carry",
+    )
+    assert read(monkeypatch, *options).method == expected
+    assert read(monkeypatch, "--algorithm", "diloco", "--delay", "3").method.delay == 3
+    config = read(monkeypatch, "--algorithm", "slowmo", "--beta", "0.7", "--slow-lr", "0.9")
+    assert config.method == AlgorithmOptions("slowmo", beta=0.7, slow_lr=0.9)
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,17 @@ def test_bmuf_after_steps_of_gradient_averaging(tmp_path: Path) -> None:
     assert results.train_loss < 2.4
 
 
+def test_slowmo_and_an_outer_adamw(tmp_path: Path) -> None:
+    for algorithm, options in (
+        ("slowmo", ("--beta", "0.7", "--slow-lr", "0.9")),
+        ("diloco", ("--outer", "adamw", "--outer-lr", "0.01", "--delay", "1", "--alpha", "0.5")),
+    ):
+        folder = tmp_path / algorithm
+        folder.mkdir()
+        results = train(folder, algorithm, "--tau", "4", "--max-steps", "16", *options).results
+        assert (results.steps, results.rounds) == (16, 4)
+
+
 def test_easgd_on_resnet18_with_accumulation_in_bf16(tmp_path: Path) -> None:
     results = train(
         tmp_path,

@@ -12,6 +12,8 @@ from tests.reference.algorithms import (
     OverlapLocalSGD,
     Reference,
 )
+from tests.reference.diloco import DiLoCo
+from tests.reference.slowmo import SlowMo
 from tests.reference.vectors import flat, mean, write
 from tests.reference.workers import Workers
 
@@ -20,9 +22,11 @@ __all__ = [
     "EASGD",
     "AllReduce",
     "CoCoDSGD",
+    "DiLoCo",
     "LocalSGD",
     "OverlapLocalSGD",
     "Reference",
+    "SlowMo",
     "Workers",
     "flat",
     "mean",

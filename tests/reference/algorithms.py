@@ -1,9 +1,10 @@
-"""One class per row of the table; ``boundary`` maps all workers' x to all workers' new x.
+"""One class per row of the table; ``step`` maps all workers' x to all workers' new x.
 
-A mean that is launched at a boundary and used at the next is kept in ``launched`` until then.
+Those whose rounds all fall on boundaries, every tau steps, say so in ``boundary``. A mean that is
+launched at a boundary and used at the next is kept in ``launched`` until then.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -13,47 +14,62 @@ from tests.reference.vectors import mean
 
 
 class Reference(Protocol):
-    tau: int | None  # None: gradients are averaged, there is no boundary
+    tau: int | None  # None: gradients are averaged, parameters never
 
-    def start(self, x: Sequence[Tensor]) -> None:
-        """Set z, s, W from the parameters at the end of warm-up, the same on every worker."""
+    def start(self, x: Sequence[Tensor], named: Mapping[str, Tensor]) -> None:
+        """Set z, s, W from the parameters at the end of warm-up, the same on every worker.
+
+        ``named`` are the first worker's parameters, which say where in x each one lies.
+        """
+
+    def step(self, k: int, x: Sequence[Tensor], gamma: Tensor) -> Sequence[Tensor]:
+        """Every worker's parameters after k local steps (1, 2, ...), whether or not a round is due.
+
+        ``gamma`` holds every number's learning rate at this step.
+        """
+
+
+class Periodic:
+    """Whatever happens, happens after every tau local steps."""
+
+    tau: int | None
+
+    def start(self, x: Sequence[Tensor], named: Mapping[str, Tensor]) -> None:
+        pass
+
+    def step(self, k: int, x: Sequence[Tensor], gamma: Tensor) -> Sequence[Tensor]:
+        assert self.tau is not None
+        return x if k % self.tau else self.boundary(x)
 
     def boundary(self, x: Sequence[Tensor]) -> list[Tensor]:
         """Every worker's parameters after the boundary."""
+        raise NotImplementedError
 
 
-class AllReduce:
+class AllReduce(Periodic):
     """Fully synchronous SGD."""
 
     tau: int | None = None
 
-    def start(self, x: Sequence[Tensor]) -> None:
-        pass
 
-    def boundary(self, x: Sequence[Tensor]) -> list[Tensor]:
-        raise NotImplementedError("there is no boundary")
-
-
-class LocalSGD:
+class LocalSGD(Periodic):
     """x <- mean."""
 
     def __init__(self, tau: int) -> None:
         self.tau: int | None = tau
 
-    def start(self, x: Sequence[Tensor]) -> None:
-        pass
-
     def boundary(self, x: Sequence[Tensor]) -> list[Tensor]:
         return [mean(x) for _ in x]
 
 
-class OverlapLocalSGD:
+class OverlapLocalSGD(Periodic):
     """x <- (1-alpha) x + alpha z; then v <- beta v + (mean(x) - z), z <- z + v."""
 
     def __init__(self, tau: int, alpha: float = 0.6, beta: float = 0.0) -> None:
-        self.tau, self.alpha, self.beta = tau, alpha, beta
+        self.tau: int | None = tau
+        self.alpha, self.beta = alpha, beta
 
-    def start(self, x: Sequence[Tensor]) -> None:
+    def start(self, x: Sequence[Tensor], named: Mapping[str, Tensor]) -> None:
         self.z = x[0].clone()
         self.v = torch.zeros_like(x[0])
         self.launched: Tensor | None = None
@@ -67,13 +83,14 @@ class OverlapLocalSGD:
         return pulled
 
 
-class EASGD:
+class EASGD(Periodic):
     """z <- sum(alpha x + (1/m - alpha) z) with x before the pull; x <- x - alpha (x - z)."""
 
     def __init__(self, tau: int, alpha: float | None = None) -> None:
-        self.tau, self.given_alpha = tau, alpha
+        self.tau: int | None = tau
+        self.given_alpha = alpha
 
-    def start(self, x: Sequence[Tensor]) -> None:
+    def start(self, x: Sequence[Tensor], named: Mapping[str, Tensor]) -> None:
         self.alpha = 0.9 / len(x) if self.given_alpha is None else self.given_alpha
         self.z = x[0].clone()
         self.launched: Tensor | None = None
@@ -86,13 +103,13 @@ class EASGD:
         return [xi - alpha * (xi - self.z) for xi in x]
 
 
-class CoCoDSGD:
+class CoCoDSGD(Periodic):
     """x <- z + (x - s); s <- x; then z <- mean(x)."""
 
     def __init__(self, tau: int) -> None:
         self.tau: int | None = tau
 
-    def start(self, x: Sequence[Tensor]) -> None:
+    def start(self, x: Sequence[Tensor], named: Mapping[str, Tensor]) -> None:
         self.s = [xi.clone() for xi in x]
         self.launched = x[0].clone()
 
@@ -104,7 +121,7 @@ class CoCoDSGD:
         return moved
 
 
-class BMUF:
+class BMUF(Periodic):
     """G <- mean - W; Delta <- eta Delta + zeta G; W <- W + Delta; x <- W or W + eta Delta.
 
     The next G is taken from what x was reset to.
@@ -117,9 +134,10 @@ class BMUF:
         zeta: float = 1.0,
         nesterov: bool = False,
     ) -> None:
-        self.tau, self.given_eta, self.zeta, self.nesterov = tau, eta, zeta, nesterov
+        self.tau: int | None = tau
+        self.given_eta, self.zeta, self.nesterov = eta, zeta, nesterov
 
-    def start(self, x: Sequence[Tensor]) -> None:
+    def start(self, x: Sequence[Tensor], named: Mapping[str, Tensor]) -> None:
         self.eta = 1 - 1 / len(x) if self.given_eta is None else self.given_eta
         self.w = x[0].clone()
         self.reset_to = x[0].clone()

@@ -34,7 +34,7 @@ class Workers:
         self.boundary_run = False
         self.started_at = warmup_steps
         if warmup_steps == 0:
-            algorithm.start(self.x)
+            self._start()
 
     @property
     def x(self) -> list[Tensor]:
@@ -43,6 +43,22 @@ class Workers:
     @property
     def consensus(self) -> Tensor:
         return mean(self.x)
+
+    @property
+    def gamma(self) -> Tensor:
+        """The learning rate of every number in x, the same on every worker."""
+        rates = {
+            id(p): float(group["lr"])
+            for optimizer in self.optimizers[0]
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        return torch.cat(
+            [
+                torch.full((p.numel(),), rates.get(id(p), 0.0), dtype=torch.float64)
+                for p in _trained(self.models[0])
+            ]
+        )
 
     @property
     def all_optimizers(self) -> list[Optimizer]:
@@ -79,14 +95,16 @@ class Workers:
 
     def run_due_boundary(self) -> None:
         """What an evaluation or a checkpoint between the parts of a step begins with."""
-        if self._at_boundary() and not self.boundary_run:
-            self._assign(self.algorithm.boundary(self.x))
+        local = self.algorithm.tau is not None and self.steps > self.started_at
+        if local and not self.boundary_run:
+            k = self.steps - self.started_at
+            self._assign(self.algorithm.step(k, self.x, self.gamma))
             self.boundary_run = True
 
     def end_step(self) -> list[Tensor]:
         """The end of warm-up or a boundary, if this step is one; everybody's parameters."""
         if self.steps == self.warmup_steps:
-            self.algorithm.start(self.x)
+            self._start()
         else:
             self.run_due_boundary()
         return self.x
@@ -97,12 +115,11 @@ class Workers:
         self._assign([consensus for _ in self.models])
         if self.steps >= self.warmup_steps:
             self.started_at = self.steps
-            self.algorithm.start(self.x)
+            self._start()
         return consensus
 
-    def _at_boundary(self) -> bool:
-        since = self.steps - self.started_at
-        return self.algorithm.tau is not None and since > 0 and since % self.algorithm.tau == 0
+    def _start(self) -> None:
+        self.algorithm.start(self.x, _named(self.models[0]))
 
     def _assign(self, x: Sequence[Tensor]) -> None:
         for model, xi in zip(self.models, x, strict=True):
@@ -117,8 +134,12 @@ class Workers:
                     p.grad = average.clone()
 
 
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def _trained(model: nn.Module) -> list[Tensor]:
-    return [p for p in model.parameters() if p.requires_grad]
+    return list(_named(model).values())
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -167,9 +167,9 @@ class Model(Trainer):
             self.scaler.update(1.0)
         self.model.zero_grad()
         self.reference.end_step()
-        since = self.steps - self.reference.started_at
-        if not self.averages_gradients(self.steps) and since % self.case.tau == 0:
-            self.rounds += 1
+        if not self.averages_gradients(self.steps):
+            k = self.steps - self.reference.started_at
+            self.rounds += self.case.rounds(k) - self.case.rounds(k - 1)
         if self.overflows and self.skips_unseen:
             self.state.state_dict()
 

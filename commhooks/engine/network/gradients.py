@@ -82,6 +82,7 @@ class GradientAverager:
 
     def give_up(self) -> None:
         """Let DDP have the local gradients of a backward whose all-reduces may never end."""
+        self.communicator.idle = False
         for promise in self._promises:
             promise.break_()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,39 +10,122 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from commhooks.engine.guards.interrupts import uninterrupted
+from commhooks.engine.meter import Meter
+from commhooks.engine.network.agreement import tell
 from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.network.roll_call import RollCall
 from commhooks.engine.vectors.buckets import Bucket
-from commhooks.engine.vectors.buffers import Buffer, BufferExchange
-from commhooks.engine.vectors.devices import catch_up_with_callbacks
+from commhooks.engine.vectors.buffers import Buffer, BufferExchange, common, digest
+from commhooks.engine.vectors.devices import Moment, catch_up_with_callbacks, finiteness
+from commhooks.errors import RoundError
 
-__all__ = ["Consensus"]
+__all__ = ["Consensus", "enter"]
+
+
+def enter(
+    what: str,
+    buckets: Sequence[Bucket],
+    buffers: Callable[[], Sequence[Buffer]],
+    refusal: str | None,
+    communicator: Communicator,
+    call: RollCall,
+    meter: Meter,
+) -> Consensus:
+    """Put the consensus model in place. Collective; nothing else may be in flight.
+
+    The ranks meet twice: before anything is sent, and when it is in place. What goes wrong on one
+    of them in between is an error on all of them.
+
+    Args:
+        what: the call that asks for it.
+        buckets: the parameters; none if they are the same on all ranks.
+        buffers: finds the buffers.
+        refusal: why this rank cannot take part, if it cannot.
+        communicator: the ranks.
+        call: how they meet.
+        meter: where bytes and seconds are counted.
+
+    Raises:
+        RoundError: the ranks are not at the same point, one of them cannot take part, or the
+            communication failed; the models are as they were.
+    """
+    consensus = Consensus(communicator)
+    mine: Sequence[Buffer] = ()
+    probes: list[Tensor] = []
+    try:
+        mine = buffers()
+        # Not of the buffers, where -inf may be meant, as in a mask.
+        probes = [finiteness(chunk.x) for bucket in buckets for chunk in bucket.gathered()]
+        consensus.take_parameters(buckets)
+        consensus.take_buffers(mine, call.device)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must be told
+        refusal = refusal or f"{type(error).__name__}: {error}"
+    if not call(what, refusal, probes, digest(mine)):
+        consensus.take_buffers(_common(mine, communicator, call), call.device)
+    began = Moment(call.device)
+    communicator.idle = False
+    try:
+        meter.bytes_reduced += consensus.exchange()
+    except RuntimeError as error:
+        call.fail(f"{what}: {error}")
+    communicator.idle = True
+    ended = Moment(call.device)
+    meter.communication(began, ended, began, ended)
+    try:
+        consensus.put_in_place()
+    except Exception as error:  # noqa: BLE001 - as above
+        refusal = f"{type(error).__name__}: {error}"
+    try:
+        call(what, refusal)
+    except RoundError:
+        consensus.leave()
+        raise
+    return consensus
+
+
+def _common(mine: Sequence[Buffer], communicator: Communicator, call: RollCall) -> list[Buffer]:
+    """The buffers that all ranks have alike. Collective.
+
+    Raises:
+        RoundError: some differ that cannot be passed over.
+    """
+    everyone = tell(communicator.parent, {buffer.name: buffer.describe() for buffer in mine})
+    alike, problems = common(everyone, communicator.ranks)
+    if problems:
+        raise call.error(
+            f"the ranks have different buffers: {'; '.join(problems)}. Give every rank the same "
+            "ones, or register what is made anew with persistent=False.",
+            passing=True,
+        )
+    return [buffer for buffer in mine if buffer.name in alike]
 
 
 class Consensus:
     """Replaces parameters and buffers by what all ranks hold in common, and puts them back.
 
-    Making one copies what will be sent; whatever goes wrong in that is this rank's own trouble, and
-    the others have not been sent anything yet.
-
     Args:
-        buckets: the parameters; none if they are the same on all ranks.
         communicator: the ranks.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], communicator: Communicator) -> None:
-        self._buckets = list(buckets)
+    def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
+        self._buckets: list[Bucket] = []
+        self._flats: list[Tensor] = []
         self._swapped: list[tuple[Bucket, Tensor]] = []
         self._buffers: BufferExchange | None = None
-        self._flats: list[Tensor] = []
-        for bucket in self._buckets:
-            flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
-            bucket.gather(flat)
-            # Divided before the sum, which then overflows where a number does.
-            self._flats.append(flat.mul_(1.0 / communicator.size))
 
-    def take_in(self, buffers: Sequence[Buffer], device: torch.device) -> None:
-        """Copy the buffers that take part, too."""
+    def take_parameters(self, buckets: Sequence[Bucket]) -> None:
+        """Copy the parameters."""
+        self._buckets = list(buckets)
+        with torch.no_grad():
+            for bucket in self._buckets:
+                flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
+                bucket.gather(flat)
+                # Divided before the sum, which then overflows where a number does.
+                self._flats.append(flat.mul_(1.0 / self._communicator.size))
+
+    def take_buffers(self, buffers: Sequence[Buffer], device: torch.device) -> None:
+        """Copy the buffers that take part."""
         self._buffers = BufferExchange(buffers, device, self._communicator.size)
 
     def exchange(self) -> int:
@@ -55,9 +138,9 @@ class Consensus:
             RuntimeError: the communication failed.
         """
         assert self._buffers is not None
-        sums = [flat for flat in (*self._flats, *self._buffers.sums.values()) if flat.numel()]
         if self._communicator.size == 1:
             return 0
+        sums = [flat for flat in (*self._flats, *self._buffers.sums.values()) if flat.numel()]
         with record_function("commhooks::consensus"):
             futures: list[torch.futures.Future[Any]] = [
                 self._communicator.all_reduce(flat) for flat in sums

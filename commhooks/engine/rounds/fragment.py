@@ -16,7 +16,6 @@ from commhooks.engine.rounds.schedule import Schedule
 from commhooks.engine.rules import Kept, Part, Rules
 from commhooks.engine.vectors.buckets import Bucket
 from commhooks.engine.vectors.devices import HostCopy, finiteness, squared_norm
-from commhooks.errors import CheckpointError
 
 __all__ = ["Fragment"]
 
@@ -48,6 +47,11 @@ class Fragment:
         self._workers = workers
 
     @property
+    def parameters(self) -> list[Tensor]:
+        """What lies in the buckets, in order."""
+        return [tensor for bucket in self.buckets for tensor in bucket.tensors]
+
+    @property
     def device(self) -> torch.device:
         """Where its first bucket lies."""
         return self.buckets[0].device
@@ -72,10 +76,10 @@ class Fragment:
 
     def prepare(self, rules: Rules, rates: Callable[[], Mapping[int, float]]) -> None:
         """Show the algorithm the learning rates in force, if it looks at them."""
-        if type(rules).prepare is Rules.prepare:
+        if not rules.looks_at_rates:
             return
         by_id = rates()
-        now = [by_id.get(id(tensor)) for bucket in self.buckets for tensor in bucket.tensors]
+        now = [by_id.get(id(tensor)) for tensor in self.parameters]
         rules.prepare(self.parts(now))
         self.rates = now
 
@@ -96,22 +100,10 @@ class Fragment:
         return None if self.kept is None else copy.deepcopy(self.kept.state_dict())
 
     def load_kept(self, rules: Rules, saved: Mapping[str, Any] | None) -> None:
-        """Go on from what :meth:`dump_kept` gave.
-
-        Raises:
-            CheckpointError: it does not fit; nothing has changed.
-        """
-        kept = rules.keep(self.parts())
-        if (kept is None) != (saved is None):
-            raise CheckpointError("The checkpoint is damaged: the outer optimizer's state.")
-        if kept is not None:
-            try:
-                kept.load_state_dict(saved)
-            except Exception as error:
-                raise CheckpointError(
-                    f"The outer optimizer's state in the checkpoint does not fit: {error}"
-                ) from error
-        self.kept = kept
+        """Go on from what :meth:`dump_kept` gave and the rules have found good."""
+        self.kept = rules.keep(self.parts())
+        if self.kept is not None:
+            self.kept.load_state_dict(saved)
 
     def release(self) -> None:
         """Let go of the vectors."""
@@ -127,11 +119,6 @@ class Fragment:
         """
         for bucket in self.buckets:
             bucket.refresh()
-
-    def probes(self) -> list[Tensor]:
-        """Scalars that are NaN or inf if a parameter is."""
-        with torch.no_grad():
-            return [finiteness(chunk.x) for bucket in self.buckets for chunk in bucket.gathered()]
 
     def sweep(self, rules: Rules, *names: str) -> list[Tensor]:
         """Apply rules to the model, chunk by chunk; ``mix`` alone writes to the parameters.

@@ -58,10 +58,14 @@ class _Hook:
 
     def __init__(self, target: Callable[..., None]) -> None:
         self._target = weakref.WeakMethod(target)
+        # Compiled, the futures and collectives of a boundary would be traced into the graph. (As a
+        # decorator it would import the compiler along with this package.)
+        self._call: Callable[..., None] = torch.compiler.disable(self._tell)  # type: ignore[no-untyped-call]
 
-    # Compiled, the futures and collectives of a boundary would be traced into the graph.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, *args: Any) -> None:
+        self._call(module)
+
+    def _tell(self, module: nn.Module) -> None:
         target = self._target()
         if target is None:
             return

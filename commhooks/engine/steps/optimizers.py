@@ -103,10 +103,6 @@ class OptimizerWatch:
         if scaler is not None and isinstance(step, _WatchedStep) and step.watch() is self:
             scaler.step = step.plain  # type: ignore[method-assign]
 
-    def averages(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether any of these is among those that are averaged."""
-        return any(id(parameter) in self._parameters for parameter in parameters)
-
     def rates(self) -> dict[int, float]:
         """The learning rates in force, by the ``id`` of the parameters."""
         return {

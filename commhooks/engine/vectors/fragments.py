@@ -20,6 +20,8 @@ def partition(
 ) -> list[dict[str, Tensor]]:
     """Deal parameters out, each whole and to one fragment, and in the model's order within it.
 
+    Parameters without any number are in none, since there is nothing of them to average.
+
     Args:
         parameters: by name, in the model's order.
         fragments: how many; each parameter then goes to the one that is smallest so far, so that
@@ -30,6 +32,7 @@ def partition(
         RegistrationError: there are fewer parameters than fragments; or a name matches nothing, a
             parameter is in two fragments, or in none.
     """
+    parameters = {name: p for name, p in parameters.items() if p.numel()}
     if isinstance(fragments, int):
         return _near_in_size(parameters, fragments)
     return _by_name(parameters, fragments)

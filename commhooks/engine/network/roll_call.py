@@ -1,0 +1,123 @@
+"""All ranks at the same point, or an error on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from commhooks.engine.meter import Meter
+from commhooks.engine.network.agreement import reasons
+from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.network.ticket import Point, Ticket
+from commhooks.engine.vectors.devices import Moment
+from commhooks.errors import RoundError
+
+__all__ = ["RollCall"]
+
+
+class RollCall:
+    """Where this rank is, whether the others are there too, and the failure that ended it all.
+
+    Args:
+        algorithm: its name, for errors.
+        communicator: the ranks.
+        meter: knows the number of the last round, and where seconds are counted.
+        step: tells the number of steps so far.
+
+    Attributes:
+        device: where tickets are made out.
+    """
+
+    def __init__(
+        self, algorithm: str, communicator: Communicator, meter: Meter, step: Callable[[], int]
+    ) -> None:
+        self.device = torch.device("cpu")
+        self._algorithm = algorithm
+        self._communicator = communicator
+        self._meter = meter
+        self._step = step
+        # What to raise, not the error itself: its traceback would keep the model alive.
+        self._failure: tuple[Any, ...] | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a round has failed, after which the ranks can do nothing together."""
+        return self._failure is not None
+
+    def point(self, what: str, number: int | None = None) -> Point:
+        """Where this rank is; ``number`` is that of a round that is about to be launched."""
+        return Point(what, self._step(), number or self._meter.rounds_launched)
+
+    def raise_if_failed(self) -> None:
+        """Raise the error that a round has ended in.
+
+        Raises:
+            RoundError: one has.
+        """
+        if self._failure is not None:
+            raise self.failure()
+
+    def failure(self) -> RoundError:
+        """The error that a round has ended in."""
+        assert self._failure is not None
+        return RoundError(*self._failure)
+
+    def error(self, cause: str, number: int | None = None, *, passing: bool = False) -> RoundError:
+        """An error of the last round, or of the one with that number."""
+        number = self._meter.rounds_launched if number is None else number
+        ranks = tuple(self._communicator.ranks)
+        return RoundError(self._algorithm, number, self._step(), ranks, cause, passing)
+
+    def note_failure(self, cause: str, number: int | None = None) -> None:
+        """From now on there is only this error; what is in flight may never arrive."""
+        self._failure = self.error(cause, number).args
+        self._communicator.idle = False
+
+    def fail(self, cause: str, number: int | None = None) -> NoReturn:
+        """Note the failure, and raise it.
+
+        Raises:
+            RoundError: always.
+        """
+        self.note_failure(cause, number)
+        raise self.failure()
+
+    def __call__(
+        self,
+        what: str,
+        refusal: str | None = None,
+        probes: Sequence[Tensor] = (),
+        digest: int = 0,
+    ) -> bool:
+        """Send a ticket and wait for those of the others. Collective.
+
+        Nothing else may be in flight; where a rank refuses, all ranks can go on.
+
+        Returns:
+            Whether all ranks have the same digest.
+
+        Raises:
+            RoundError: the ranks are not at the same point, one of them has NaN or inf or a reason
+                to refuse, or the tickets did not get through.
+        """
+        began = Moment(self.device)
+        try:
+            verdict = Ticket(
+                self._communicator,
+                self.device,
+                self.point(what),
+                probes=probes,
+                refused=refusal is not None,
+                digest=digest,
+            ).wait()
+        except RuntimeError as error:
+            self.fail(f"{what}: {error}")
+        self._meter.communication(began, began, began, Moment(self.device))
+        if verdict.problem is not None:
+            self.fail(verdict.problem)
+        if verdict.refused:
+            raise self.error(reasons(self._communicator.parent, refusal), passing=True)
+        return verdict.alike
