@@ -59,6 +59,7 @@ class RoundError(CommHooksError, RuntimeError):
         super().__init__(algorithm, number, step, self.ranks, cause, passing)
 
     def __str__(self) -> str:
+        cause = self.cause if self.cause.rstrip().endswith(".") else f"{self.cause}."
         advice = (
             "Nothing has changed, and training can go on."
             if self.passing
@@ -67,5 +68,5 @@ class RoundError(CommHooksError, RuntimeError):
         )
         return (
             f"{self.algorithm}: round {self.round} failed at step {self.step} among ranks "
-            f"{list(self.ranks)}: {self.cause} {advice}"
+            f"{list(self.ranks)}: {cause} {advice}"
         )
