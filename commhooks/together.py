@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch.distributed as dist
 
+from commhooks.engine.network.agreement import by_rank, tell
 from commhooks.errors import CheckpointError, RoundError
 
 __all__ = ["by_rank", "described", "gathered", "together"]
@@ -22,11 +23,8 @@ def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
         group: the ranks; None means all, or this process alone where ``torch.distributed`` is not
             initialised.
     """
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
+    world = group or dist.group.WORLD if dist.is_initialized() else None
+    return [value] if world is None else tell(world, value)
 
 
 def together(
@@ -63,8 +61,3 @@ def described(error: Exception) -> str:
     if isinstance(error, CheckpointError):
         return str(error)
     return f"{type(error).__name__}: {error}"
-
-
-def by_rank(reasons: Sequence[str | None]) -> str:
-    """What went wrong, each reason with its rank."""
-    return " ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from commhooks import Stats
 from tests.cases import Case
-from tests.reference import Workers
+from tests.reference import AllReduce, Workers
 
 
 def reference_workers(case: Case, size: int) -> Workers:
@@ -33,6 +35,39 @@ def assert_follows(
 def assert_close(case: Case, real: Tensor, expected: Tensor, where: str) -> None:
     worst = (real - expected).abs().max().item()
     assert worst <= case.tolerance, f"{case}: {where}: off by {worst}"
+
+
+def assert_plain_ddp_follows(
+    case: Case, ranks: Sequence[tuple[Sequence[Tensor], Tensor, Tensor]], disabled_after: int
+) -> None:
+    """Each rank's steps, and the models inside averaged() and after finish() at the end."""
+    workers = reference_workers(case, len(ranks))
+    expected = [workers.step(case.backward) for _ in range(disabled_after)]
+    workers.finish()
+    workers.algorithm = AllReduce()
+    expected += [workers.step(case.backward) for _ in range(disabled_after, case.steps)]
+    assert_follows(case, [steps for steps, _, _ in ranks], expected)
+    for _, inside, finished in ranks:
+        assert_close(case, inside, workers.consensus, "averaged() after disable()")
+        assert_close(case, finished, workers.consensus, "finish() after disable()")
+
+
+def assert_shadowed(
+    case: Case, ends: Sequence[tuple[Tensor, Stats]], lengths: Sequence[int]
+) -> None:
+    """The same model everywhere: those with few batches took part in the rounds of the others."""
+    workers, longest = reference_workers(case, len(ends)), max(lengths)
+    skipped = {
+        (rank, step)
+        for rank, length in enumerate(lengths)
+        for step in range(length + 1, longest + 1)
+    }
+    for _ in range(longest):
+        workers.step(case.backward, skipped)
+    for x, stats in ends:
+        assert torch.equal(x, ends[0][0])
+        assert_close(case, x, workers.consensus, f"{lengths}")
+        assert stats.rounds_completed == case.rounds(longest)
 
 
 def assert_ranks_follow(cases: Sequence[Case], ranks: Sequence[Sequence[Sequence[Tensor]]]) -> None:

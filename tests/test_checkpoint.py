@@ -22,25 +22,15 @@ WARMUP_STEPS, STEPS = 2, 9
 
 
 def saved(trainer: Trainer) -> bytes:
-    """What a user saves of one rank."""
+    """On disk, as it were."""
     file = io.BytesIO()
-    checkpoint = {
-        "model": trainer.model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "state": trainer.state.state_dict(),
-    }
-    torch.save(checkpoint, file)
+    torch.save(trainer.saved(), file)
     return file.getvalue()
 
 
 def resumed(case: Case, form: Form, step: int, checkpoint: bytes) -> Trainer:
-    loaded = torch.load(io.BytesIO(checkpoint), weights_only=True)
     trainer = Trainer(case, form)
-    trainer.steps = step
-    trainer.model.load_state_dict(loaded["model"])
-    for optimizer, state in zip(trainer.optimizers, loaded["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    trainer.state.load_state_dict(loaded["state"])
+    trainer.go_on(torch.load(io.BytesIO(checkpoint), weights_only=True), step)
     return trainer
 
 

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from tests.cases import ALGORITHMS, Case, with_tau
 from tests.collectives import counted_collectives
-from tests.expected import assert_close, assert_follows, reference_workers
+from tests.expected import assert_plain_ddp_follows
 from tests.harness import run_ranks
-from tests.reference import AllReduce
 from tests.training import Form, Trainer
 from tests.workload import plain_sgd
 
@@ -40,15 +39,7 @@ def test_disable_goes_on_as_plain_ddp(algorithm: str, form: Form) -> None:
         for arguments in with_tau(algorithm, 3)
     ]
     for case, *ranks in zip(cases, *run_ranks(disabled, 2, cases, form), strict=True):
-        workers = reference_workers(case, 2)
-        expected = [workers.step(case.backward) for _ in range(4)]
-        workers.finish()
-        workers.algorithm = AllReduce()
-        expected += [workers.step(case.backward) for _ in range(4, case.steps)]
-        assert_follows(case, [steps for steps, _, _ in ranks], expected)
-        for _, inside, finished in ranks:
-            assert_close(case, inside, workers.consensus, "averaged() after disable()")
-            assert_close(case, finished, workers.consensus, "finish() after disable()")
+        assert_plain_ddp_follows(case, ranks, disabled_after=4)
 
 
 def rounds_after_disable(case: Case) -> tuple[int, int, int]:

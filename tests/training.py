@@ -1,6 +1,7 @@
 """What a rank does in most tests: build, register, train, and note the parameters."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -73,6 +74,24 @@ class Trainer:
         self.backward()
         self.optimize()
         return self.x
+
+    def saved(self) -> dict[str, Any]:
+        """What a user saves of one rank."""
+        return copy.deepcopy(
+            {
+                "model": self.model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "state": self.state.state_dict(),
+            }
+        )
+
+    def go_on(self, saved: Mapping[str, Any], step: int) -> None:
+        """Load what was saved after ``step``, in the order that a script does it in."""
+        self.steps = step
+        self.model.load_state_dict(saved["model"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.state.load_state_dict(saved["state"])
 
     def backward(self) -> None:
         self.case.backward(self.model, self.rank, self.steps)

@@ -31,6 +31,15 @@ def ragged_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     return initialise(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))).to(dtype)
 
 
+class InItsOwnDtype(nn.Sequential):
+    """Every layer computes in the format of its parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = torch.tanh(layer(x.to(next(layer.parameters()).dtype)))
+        return x
+
+
 def batch(rank: int, step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Inputs (4, 5) and targets (4, 3) of one rank's step; every rank sees its own."""
     generator = seeded(1 + rank, step)

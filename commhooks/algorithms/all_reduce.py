@@ -19,6 +19,7 @@ class AllReduce(CommHookState):
         process_group: ranks that train together; None means those of the DDP model.
         warmup_steps: taken for uniformity; every step is like a warm-up step.
         bucket_cap_mb: taken for uniformity; gradients travel in DDP's own buckets.
+        average_buffers: as for every state, see :class:`~commhooks.engine.state.CommHookState`.
 
     Raises:
         HyperParameterError: an argument has the wrong type or lies outside its range.

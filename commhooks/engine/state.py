@@ -133,12 +133,14 @@ class CommHookState(Rules, Joinable):
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
             logger.warning("A process group cannot be copied or pickled; the copy has none.")
-        public = {k: v for k, v in self.__dict__.items() if k not in _RUNTIME}
-        return {**public, "process_group": None}
+        unregistered = object.__new__(type(self))
+        unregistered.__dict__.update(self.__dict__)
+        unregistered._forget()
+        unregistered.process_group = None
+        return unregistered.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._forget()
         when_forwarded(self)
 
     # Registration.
@@ -592,19 +594,6 @@ class CommHookState(Rules, Joinable):
     def _buffers(self) -> list[Buffer]:
         model = self.model
         return find_buffers(model, self.average_buffers) if model is not None else []
-
-
-# What belongs to one registration; a copy or a pickle starts without it.
-_RUNTIME = (
-    "_engine",
-    "_loaded",
-    "_ddp",
-    "_optimizers",
-    "_model_watch",
-    "_announcements",
-    "_closed",
-    "_bare_model",
-)
 
 
 def _world() -> dist.ProcessGroup:

@@ -37,22 +37,12 @@ def path_of(folder: Path, number: int, step: int) -> Path:
 
 
 def save(trainer: Trainer, path: Path) -> None:
-    checkpoint = {
-        "model": trainer.model.state_dict(),
-        "optimizers": [each.state_dict() for each in trainer.optimizers],
-        "state": trainer.state.state_dict(),
-    }
-    torch.save(checkpoint, path)
+    torch.save(trainer.saved(), path)
 
 
 def loaded(case: Case, path: Path, step: int, form: Form) -> Trainer:
     trainer = Trainer(case, form)
-    saved = torch.load(path, weights_only=True)
-    trainer.steps = step
-    trainer.model.load_state_dict(saved["model"])
-    for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    trainer.state.load_state_dict(saved["state"])
+    trainer.go_on(torch.load(path, weights_only=True), step)
     return trainer
 
 

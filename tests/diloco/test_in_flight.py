@@ -19,13 +19,14 @@ from tests.diloco.family import streaming
 from tests.expected import (
     assert_close,
     assert_follows,
+    assert_plain_ddp_follows,
     assert_ranks_follow,
+    assert_shadowed,
     reference_trajectory,
     reference_workers,
 )
 from tests.faults.test_steps import talk, uneven
 from tests.harness import RankDied, rank_outcomes, run_ranks
-from tests.reference import AllReduce
 from tests.signals import Signals
 from tests.test_consensus import averaged_at_every_step
 from tests.test_disable import disabled
@@ -136,15 +137,7 @@ def test_finish_starts_every_fragment_anew(form: Form) -> None:
 def test_disable_goes_on_as_plain_ddp(form: Form) -> None:
     todo = streaming(steps=9)
     for case, *ranks in zip(todo, *run_ranks(disabled, 2, todo, form), strict=True):
-        workers = reference_workers(case, 2)
-        expected = [workers.step(case.backward) for _ in range(4)]
-        workers.finish()
-        workers.algorithm = AllReduce()
-        expected += [workers.step(case.backward) for _ in range(4, case.steps)]
-        assert_follows(case, [steps for steps, _, _ in ranks], expected)
-        for _, inside, finished in ranks:
-            assert_close(case, inside, workers.consensus, "averaged() after disable()")
-            assert_close(case, finished, workers.consensus, "finish() after disable()")
+        assert_plain_ddp_follows(case, ranks, disabled_after=4)
 
 
 def closed_and_registered_anew(cases: Sequence[Case]) -> list[list[Tensor]]:
@@ -198,14 +191,7 @@ def test_skipped_steps() -> None:
 def test_join_shadows_the_rounds_of_every_fragment(lengths: Sequence[int]) -> None:
     todo = [*streaming(), *streaming(ddp={"find_unused_parameters": True})]
     for case, *ends in zip(todo, *run_ranks(uneven, 3, todo, lengths), strict=True):
-        workers, longest = reference_workers(case, 3), max(lengths)
-        skipped = {(r, s) for r in range(3) for s in range(lengths[r] + 1, longest + 1)}
-        for _ in range(longest):
-            workers.step(case.backward, skipped)
-        for x, stats in ends:
-            assert torch.equal(x, ends[0][0])
-            assert_close(case, x, workers.consensus, f"{lengths}")
-            assert stats.rounds_completed == case.rounds(longest)
+        assert_shadowed(case, ends, lengths)
 
 
 def joined_twice(cases: Sequence[Case]) -> list[Tensor]:

@@ -13,7 +13,13 @@ from torch.distributed.algorithms.join import Join
 import commhooks
 from tests.accelerated import Accelerated, Scaling, normed
 from tests.cases import PERIODIC, Case, two_cases, with_tau
-from tests.expected import assert_close, assert_follows, reference_trajectory, reference_workers
+from tests.expected import (
+    assert_close,
+    assert_follows,
+    assert_shadowed,
+    reference_trajectory,
+    reference_workers,
+)
 from tests.harness import rank_outcomes, run_ranks
 from tests.training import Trainer
 from tests.workload import MakeOptimizers, adamw, nesterov_sgd
@@ -149,15 +155,7 @@ def test_join_shadows_the_rounds(lengths: Sequence[int]) -> None:
         *every_periodic(3, optimizers=adamw),
     ]
     for case, *ends in zip(cases, *run_ranks(uneven, 3, cases, lengths), strict=True):
-        workers = reference_workers(case, 3)
-        longest = max(lengths)
-        skipped = {(r, s) for r in range(3) for s in range(lengths[r] + 1, longest + 1)}
-        for _ in range(longest):
-            workers.step(case.backward, skipped)
-        for x, stats in ends:
-            assert torch.equal(x, ends[0][0])
-            assert_close(case, x, workers.consensus, f"{lengths}")
-            assert stats.rounds_completed == longest // case.tau
+        assert_shadowed(case, ends, lengths)
 
 
 def uneven_without_join(case: Case, lengths: Sequence[int]) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.cases import Case, two_cases
 from tests.expected import assert_follows, assert_ranks_follow, reference_workers
 from tests.harness import run_ranks
 from tests.training import Trainer
-from tests.workload import loss
+from tests.works_with.test_amp import ScaledTrainer
 
 CopyScaler = Callable[[torch.amp.GradScaler], torch.amp.GradScaler]
 
@@ -26,27 +27,19 @@ def pickled(scaler: torch.amp.GradScaler) -> torch.amp.GradScaler:
     return pickle.loads(pickle.dumps(scaler))  # type: ignore[no-any-return]
 
 
-class CopiesItsScaler(Trainer):
+class CopiesItsScaler(ScaledTrainer):
     """After three steps the loop goes on with a copy, whose scale has been halved by then."""
 
+    growth_interval = 100
+
     def __init__(self, case: Case, copied: CopyScaler) -> None:
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
         self.copied = copied
-        super().__init__(case, scaler=self.scaler)
+        super().__init__(case, give_scaler=True, overflows=[5] if dist.get_rank() == 1 else [])
 
     def backward(self) -> None:
         if self.steps == 4:
             self.scaler = self.copied(self.scaler)
-        value = loss(self.model, self.rank, self.steps)
-        if self.steps == 5 and self.rank == 1:
-            value = value * float("inf")
-        torch.autograd.backward(self.scaler.scale(value))
-
-    def optimize(self) -> None:
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        self.model.zero_grad()
+        super().backward()
 
 
 def scaled(cases: Sequence[Case], copied: CopyScaler) -> list[tuple[list[Tensor], list[float]]]:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import commhooks
 from tests.cases import PERIODIC, Case, with_tau
@@ -25,6 +25,7 @@ from tests.reference import AllReduce
 from tests.training import Form, Trainer
 from tests.workload import (
     Backward,
+    InItsOwnDtype,
     MakeModel,
     batch,
     gradient,
@@ -48,15 +49,6 @@ sequences = st.lists(
 
 
 # Models.
-
-
-class InItsOwnDtype(nn.Sequential):
-    """Every layer computes in the format of its parameters."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self:
-            x = torch.tanh(layer(x.to(next(layer.parameters()).dtype)))
-        return x
 
 
 def complex_model(dtype: torch.dtype) -> nn.Module:

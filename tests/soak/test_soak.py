@@ -82,20 +82,10 @@ def resident() -> int:
 def resumed(run: Soaked) -> Soaked:
     """A new model, optimizer and state from a file of the old ones."""
     file = io.BytesIO()
-    values = {
-        "model": run.model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
-        "state": run.state.state_dict(),
-    }
-    torch.save(values, file)
+    torch.save(run.saved(), file)
     file.seek(0)
-    loaded = torch.load(file, weights_only=True)
     again = Soaked(run.plan)
-    again.steps = run.steps
-    again.model.load_state_dict(loaded["model"])
-    for optimizer, state in zip(again.optimizers, loaded["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    again.state.load_state_dict(loaded["state"])
+    again.go_on(torch.load(file, weights_only=True), run.steps)
     return again
 
 

@@ -70,8 +70,11 @@ def two_fused(model: nn.Module) -> Sequence[Optimizer]:
 class ScaledTrainer(Trainer):
     """The loop of the AMP recipe; at the ``overflows`` this rank's loss is infinite."""
 
+    growth_interval = 3
+
     def __init__(self, case: Case, give_scaler: bool, overflows: Sequence[int]) -> None:
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+        interval = self.growth_interval
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=interval)
         self.overflows = overflows
         super().__init__(case, scaler=self.scaler if give_scaler else None)
 

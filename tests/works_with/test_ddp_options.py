@@ -11,7 +11,7 @@ from tests.cases import Case, two_cases
 from tests.expected import assert_ranks_follow
 from tests.harness import run_ranks
 from tests.training import Form, Trainer, trajectories
-from tests.workload import batch, initialise, plain_sgd
+from tests.workload import InItsOwnDtype, batch, initialise, plain_sgd
 
 
 @pytest.mark.parametrize("form", ["register", "hook"])
@@ -39,15 +39,6 @@ def test_options(options: Mapping[str, Any], form: Form) -> None:
 
 def of_two_dtypes(dtype: torch.dtype) -> nn.Module:
     return initialise(InItsOwnDtype(nn.Linear(5, 4).double(), nn.Linear(4, 3), nn.Linear(3, 3)))
-
-
-class InItsOwnDtype(nn.Sequential):
-    """Every layer computes in the format of its parameters."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self:
-            x = torch.tanh(layer(x.to(next(layer.parameters()).dtype)))
-        return x
 
 
 def complex_model(dtype: torch.dtype) -> nn.Module:

@@ -1,7 +1,6 @@
 """Pins the bare form's registration at the first forward: buffers stay, checkpoints fit both."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -23,24 +22,6 @@ def everything(trainer: Trainer) -> list[Tensor]:
     return [value.clone() for value in trainer.model.state_dict().values()]
 
 
-def saved(trainer: Trainer) -> dict[str, Any]:
-    return {
-        "model": {name: value.clone() for name, value in trainer.model.state_dict().items()},
-        "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "state": trainer.state.state_dict(),
-    }
-
-
-def resumed(case: Case, form: Form, step: int, checkpoint: dict[str, Any]) -> Trainer:
-    trainer = Trainer(case, form)
-    trainer.steps = step
-    trainer.model.load_state_dict(checkpoint["model"])
-    for optimizer, state in zip(trainer.optimizers, checkpoint["optimizers"], strict=True):
-        optimizer.load_state_dict(state)
-    trainer.state.load_state_dict(checkpoint["state"])
-    return trainer
-
-
 def resume_everywhere(cases: Sequence[Case], before: Form, after: Form) -> None:
     for case in cases:
         whole = Trainer(case, before)
@@ -52,7 +33,8 @@ def resume_everywhere(cases: Sequence[Case], before: Form, after: Form) -> None:
             first = Trainer(case, before)
             for _ in range(step):
                 first.step()
-            again = resumed(case, after, step, saved(first))
+            again = Trainer(case, after)
+            again.go_on(first.saved(), step)
             for later in range(step, case.steps):
                 again.step()
                 for mine, expected in zip(everything(again), seen[later], strict=True):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from commhooks.errors import RegistrationError
 
-__all__ = ["agree", "reasons", "tell"]
+__all__ = ["agree", "by_rank", "reasons", "tell"]
 
 T = TypeVar("T")
 
@@ -25,10 +25,15 @@ def tell(group: dist.ProcessGroup, mine: T) -> list[T]:
     return everyone
 
 
+def by_rank(reasons: Sequence[str | None], ranks: Sequence[int] | None = None) -> str:
+    """What went wrong, each reason with its rank: 0, 1, ... if ``ranks`` does not say."""
+    numbers = range(len(reasons)) if ranks is None else ranks
+    return "; ".join(f"rank {n}: {why}" for n, why in zip(numbers, reasons, strict=True) if why)
+
+
 def reasons(group: dist.ProcessGroup, mine: str | None) -> str:
     """Why some ranks cannot go on, rank by rank. Collective; blocks."""
-    everyone = zip(dist.get_process_group_ranks(group), tell(group, mine), strict=True)
-    return "; ".join(f"rank {rank}: {why}" for rank, why in everyone if why)
+    return by_rank(tell(group, mine), dist.get_process_group_ranks(group))
 
 
 def agree(
@@ -48,9 +53,9 @@ def agree(
     ranks = dist.get_process_group_ranks(group)
     if refusal is not None:
         raise RegistrationError(refusal)
-    refusals = [f"rank {r}: {why}" for r, (why, _) in zip(ranks, everyone, strict=True) if why]
+    refusals = by_rank([why for why, _ in everyone], ranks)
     if refusals:
-        raise RegistrationError("Registration was refused on " + "; on ".join(refusals))
+        raise RegistrationError(f"Registration was refused: {refusals}")
     differences = _differences(ranks, [facts for _, facts in everyone])
     if differences:
         more = len(differences) - _SHOWN

@@ -35,7 +35,7 @@ def open_communicator(parent: dist.ProcessGroup, owner: object) -> Communicator:
     A group costs threads and open files until ``destroy_process_group``, and a sweep registers
     hundreds of states in one process. Collective over the parent's ranks alone.
     """
-    kept = _kept.setdefault(parent, [])
+    kept = _kept[parent] = [each for each in _kept.get(parent, ()) if not each.closed]
     free = next((each for each in kept if each.free), None)
     offers = tell(parent, (free.name if free else None, f"commhooks-{uuid.uuid4().hex}"))
     # A rank whose garbage collector came later may not have the same one free yet.
@@ -85,10 +85,14 @@ class Communicator:
             closed_at_exit.add(self)
 
     @property
+    def closed(self) -> bool:
+        """Whether its group has been ended."""
+        return self.size > 1 and (self._own is None or self._own() is None)
+
+    @property
     def free(self) -> bool:
         """Whether its owner is gone and has left nothing behind."""
-        alive = self._own is None or self._own() is not None
-        return self.idle and alive and self.owner() is None
+        return self.idle and not self.closed and self.owner() is None
 
     @property
     def parent(self) -> dist.ProcessGroup:
@@ -121,14 +125,14 @@ class Communicator:
 
     def _future(self, work: dist.Work, tensor: Tensor) -> torch.futures.Future[Any]:
         future: torch.futures.Future[Any] = work.get_future()
-        # gloo copies CUDA tensors to the host and back.
-        if tensor.device.type == "cuda" and "gloo" in (self._backend, self._cuda_backend):
+        if tensor.device.type == "cuda" and self._stages_on_host:
             return future.then(landing(_copied_back(work)))
         return future
 
     @property
-    def _cuda_backend(self) -> str:
-        return "gloo" if "cuda:gloo" in self._backend else ""
+    def _stages_on_host(self) -> bool:
+        """Whether the backend copies CUDA tensors to the host and back, as gloo does."""
+        return self._backend == "gloo" or "cuda:gloo" in self._backend
 
     def close(self) -> None:
         """End the group and its threads; nothing may be in flight, on any rank."""
@@ -136,9 +140,6 @@ class Communicator:
         if group is not None and dist.is_initialized():
             dist.destroy_process_group(group)
         self._own = None
-        kept = _kept.get(self._parent()) if self._parent() is not None else None  # type: ignore[arg-type]
-        if kept is not None and self in kept:
-            kept.remove(self)
 
     def close_at_exit(self) -> None:
         """End what would outlive the interpreter."""
