@@ -8,9 +8,10 @@ from dataclasses import fields
 from functools import cache, partial
 from numbers import Integral, Real
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -21,6 +22,7 @@ __all__ = [
     "Flag",
     "Fragments",
     "HalfOpenUnit",
+    "IslandRanks",
     "Names",
     "Outer",
     "Positive",
@@ -90,6 +92,19 @@ def _builder(name: str, value: object) -> Callable[[list[Tensor]], Optimizer]:
         raise refusal(name, value, f"a builder of a torch.optim.Optimizer (it built {built!r})")
     return value
 
+
+def _island(name: str, value: object) -> object:
+    if isinstance(value, dist.ProcessGroup) or (isinstance(value, str) and value == "node"):
+        return value
+    try:
+        return _integer_from(1)(name, value)
+    except HyperParameterError:
+        wanted = '"node", a number of ranks, this rank\'s own process group, or None'
+        raise refusal(name, value, wanted) from None
+
+
+IslandRanks = Annotated[Literal["node"] | int | dist.ProcessGroup, _island]
+"""Which ranks make one worker."""
 
 Steps = Annotated[int, _integer_from(1)]
 """A number of steps, at least 1."""

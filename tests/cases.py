@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import SGD
 
 from tests import reference
@@ -57,6 +58,7 @@ class Case:
     model: MakeModel = ragged_model
     backward: Backward = gradient
     ddp: Mapping[str, Any] = field(default_factory=dict)
+    island: int = 1
 
     def __str__(self) -> str:
         arguments = "-".join(f"{name}={value}" for name, value in self.arguments.items())
@@ -85,7 +87,19 @@ class Case:
     @property
     def keywords(self) -> dict[str, Any]:
         """What only the library's class takes."""
-        return {"warmup_steps": self.warmup_steps, "bucket_cap_mb": TINY_CAP_MB}
+        return {
+            "warmup_steps": self.warmup_steps,
+            "bucket_cap_mb": TINY_CAP_MB,
+            "island": None if self.island == 1 else self.island,
+        }
+
+    def worker_backward(self, model: nn.Module, worker: int, step: int) -> None:
+        """The mean of the gradients of an island's ranks."""
+        for rank in range(worker * self.island, (worker + 1) * self.island):
+            self.backward(model, rank, step)
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad /= self.island
 
     def reference(self) -> reference.Reference:
         made: reference.Reference = getattr(reference, self.algorithm)(**self.arguments)

@@ -11,15 +11,16 @@ from tests.reference import AllReduce, Workers
 
 
 def reference_workers(case: Case, size: int) -> Workers:
-    """``size`` workers in this process, set up as the case says."""
-    model = case.model(case.dtype)
-    return Workers(case.reference(), model, case.optimizers, size, case.warmup_steps)
+    """The workers that ``size`` ranks make, in this process, set up as the case says."""
+    model, workers = case.model(case.dtype), size // case.island
+    return Workers(case.reference(), model, case.optimizers, workers, case.warmup_steps)
 
 
 def reference_trajectory(case: Case, size: int) -> list[list[Tensor]]:
-    """Every worker's parameters after every step."""
+    """Every rank's parameters after every step."""
     workers = reference_workers(case, size)
-    return [workers.step(case.backward) for _ in range(case.steps)]
+    steps = [workers.step(case.worker_backward) for _ in range(case.steps)]
+    return [[x for x in each for _ in range(case.island)] for each in steps]
 
 
 def assert_follows(

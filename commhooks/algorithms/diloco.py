@@ -9,8 +9,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.optim import SGD
+from torch import Tensor, optim
 
 from commhooks.algorithms.outer import OuterOptimizer, check_outer_state, stepped
 from commhooks.engine.rules import Part
@@ -23,7 +22,21 @@ __all__ = ["DiLoCo"]
 
 logger = logging.getLogger("commhooks")
 
-_NESTEROV = partial(SGD, lr=0.7, momentum=0.9, nesterov=True)
+_ELEMENTWISE = (
+    optim.ASGD,
+    optim.Adadelta,
+    optim.Adagrad,
+    optim.Adam,
+    optim.AdamW,
+    optim.Adamax,
+    optim.NAdam,
+    optim.RAdam,
+    optim.RMSprop,
+    optim.Rprop,
+    optim.SGD,
+)
+
+_NESTEROV = partial(optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
 """The outer optimizer of the paper."""
 
 
@@ -91,6 +104,11 @@ class DiLoCo(CommHookState):
         """The global model."""
         return "z"
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether the outer optimizer is known to treat every number by itself."""
+        return type(self.outer([torch.nn.Parameter(torch.zeros(1, 1))])) in _ELEMENTWISE
+
     def resolve(self, m: int) -> None:
         """Warn of the one setting that learns nothing."""
         if self.merge == "blend" and self.alpha == 0 and self.delay == self.tau:
@@ -128,9 +146,9 @@ class DiLoCo(CommHookState):
         """The outer optimizer of a fragment."""
         return OuterOptimizer(self.outer, parts)
 
-    def check_kept(self, parameters: Sequence[Tensor], saved: object, *, launched: bool) -> None:
+    def check_kept(self, parts: Sequence[Tensor], saved: object, *, launched: bool) -> None:
         """Compare with the state of such an optimizer."""
-        check_outer_state(self.outer, parameters, saved, launched=launched)
+        check_outer_state(self.outer, parts, saved, launched=launched)
 
     def contribute(self, *, x: Tensor, wire: Tensor, z: Tensor, s: Tensor | None = None) -> None:
         """The mean is that of z - x; s <- x."""

@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from commhooks.engine.rules import Part
-from commhooks.engine.vectors.chunks import real
-from commhooks.engine.vectors.devices import accumulation_dtype
 from commhooks.errors import CheckpointError
 
 __all__ = ["OuterOptimizer", "check_outer_state", "stepped"]
@@ -51,7 +49,8 @@ class OuterOptimizer:
 
 def stepped(build: Build, like: Tensor) -> Optimizer:
     """The optimizer of one parameter of zeros, after a step with a gradient of zeros."""
-    parameter = torch.nn.Parameter(torch.zeros_like(like))
+    device = "cpu" if like.is_meta else like.device
+    parameter = torch.nn.Parameter(torch.zeros(like.shape, dtype=like.dtype, device=device))
     parameter.grad = torch.zeros_like(parameter)
     optimizer = build([parameter])
     optimizer.step()
@@ -59,7 +58,7 @@ def stepped(build: Build, like: Tensor) -> Optimizer:
 
 
 def check_outer_state(
-    build: Build, parameters: Sequence[Tensor], saved: object, *, launched: bool
+    build: Build, parts: Sequence[Tensor], saved: object, *, launched: bool
 ) -> None:
     """Compare a saved state with that of an optimizer of as many zeros, one parameter at a time.
 
@@ -67,7 +66,7 @@ def check_outer_state(
 
     Args:
         build: builds the optimizer.
-        parameters: those of a fragment.
+        parts: like what it steps, of a fragment.
         saved: what :meth:`OuterOptimizer.state_dict` gave.
         launched: whether it has made a step.
 
@@ -75,22 +74,18 @@ def check_outer_state(
         CheckpointError: names, shapes, formats or hyper-parameters differ, or a number is not
             finite.
     """
-    alike = [
-        torch.empty(real(p).shape, dtype=accumulation_dtype(p.dtype), device=p.device)
-        for p in parameters
-    ]
-    built = build([torch.nn.Parameter(each.to("meta")) for each in alike])
+    built = build([torch.nn.Parameter(each) for each in parts])
     groups = built.state_dict()["param_groups"]
     states: dict[int, Any] = {}
-    for number, each in enumerate(alike if launched else ()):
+    for number, each in enumerate(parts if launched else ()):
         for state in stepped(build, each).state_dict()["state"].values():
             states[number] = state
     # torch's own optimizers keep hyper-parameters there, and others what they adapt, too.
     fixed = type(built).__module__.startswith("torch.optim.")
-    parts: Mapping[str, Any] = saved if isinstance(saved, Mapping) else {}
+    entries: Mapping[str, Any] = saved if isinstance(saved, Mapping) else {}
     where = "the outer optimizer's"
-    problem = _difference(parts.get("state"), states, f"{where} state") or _difference(
-        parts.get("param_groups"), groups, f"{where} param_groups", equal=fixed
+    problem = _difference(entries.get("state"), states, f"{where} state") or _difference(
+        entries.get("param_groups"), groups, f"{where} param_groups", equal=fixed
     )
     if problem:
         raise CheckpointError(f"The checkpoint is damaged: {problem}. Nothing has been loaded.")

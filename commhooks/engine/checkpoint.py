@@ -9,34 +9,38 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from commhooks.engine.rules import Rules
 from commhooks.engine.vectors.buckets import Bucket
 from commhooks.errors import CheckpointError
 
 if TYPE_CHECKING:
     from commhooks.engine.rounds.fragment import Fragment
-    from commhooks.engine.rules import Rules
 
-__all__ = ["check_identity", "check_values", "dump_vectors", "load_vectors", "shapes"]
+__all__ = ["check_identity", "check_values", "dump_vectors", "load_vectors"]
 
-FORMAT = 4
+FORMAT = 5
 """Version of the dictionary's layout; a later one that reads differently gets another number.
 
 3 added the parameters' ``shapes``, since not every state keeps vectors to tell another model by; 4
-took out the layout of DDP's gradient buckets and gave every fragment a schedule of its own.
+took out the layout of DDP's gradient buckets and gave every fragment a schedule of its own; 5 says
+which share of its island's model a rank has.
 """
 
 _COUNTERS = {
     "schedule": ("step", "origin"),
     "meter": ("rounds_launched", "rounds_used", "bytes_reduced"),
 }
-_IDENTITY = ("format", "algorithm", "hyperparameters", "world_size", "rank")
+_IDENTITY = (
+    "format",
+    "algorithm",
+    "hyperparameters",
+    "world_size",
+    "rank",
+    "island_size",
+    "place",
+)
 _SECONDS = ("seconds_exposed", "seconds_hidden")
 _FLAGS = ("started", "drifted", "disabled")
-
-
-def shapes(buckets: Sequence[Bucket]) -> list[list[int]]:
-    """The shapes of the parameters, in the engine's order."""
-    return [list(tensor.shape) for bucket in buckets for tensor in bucket.tensors]
 
 
 def dump_vectors(buckets: Sequence[Bucket], names: Iterable[str]) -> dict[str, list[Tensor]]:
@@ -52,10 +56,10 @@ def load_vectors(buckets: Sequence[Bucket], vectors: Mapping[str, Sequence[Tenso
     for name, parts in vectors.items():
         rest = list(parts)
         for bucket in buckets:
-            count = len(bucket.tensors)
-            for mine, part in zip(bucket.parts(bucket.vectors[name]), rest[:count], strict=True):
-                mine.copy_(part)
-            rest = rest[count:]
+            mine = bucket.parts(bucket.vectors[name])
+            for view, part in zip(mine, rest[: len(mine)], strict=True):
+                view.copy_(part)
+            rest = rest[len(mine) :]
 
 
 def check_identity(saved: object, mine: Mapping[str, Any]) -> None:
@@ -109,6 +113,9 @@ def check_values(
     size, rank = saved.get("world_size"), saved.get("rank")
     if _counter(rank, "rank") >= _counter(size, "world_size"):
         _refuse("rank", f"below {size}", rank)
+    size, place = saved.get("island_size"), saved.get("place")
+    if _counter(place, "place") >= _counter(size, "island_size"):
+        _refuse("place", f"below {size}", place)
     for group, names in _COUNTERS.items():
         values = _mapping(saved, group)
         for name in names:
@@ -130,13 +137,15 @@ def check_values(
         where = f"fragments[{number}]"
         if not isinstance(part, Mapping):
             _refuse(where, "a dictionary", part)
-        _check_shapes(part.get("shapes"), shapes(fragment.buckets))
+        _check_shapes(part.get("shapes"), fragment.shapes)
         _check_schedule(part, saved["schedule"], fragment, where)
         if vectors is not None:
             launched = part["launch"] > saved["schedule"]["origin"] + fragment.schedule.offset
             _check_rates(part.get("rates"), rules, fragment, where, launched=launched)
             _check_vectors(_mapping(part, "vectors"), vectors, fragment, where)
-            rules.check_kept(fragment.parameters, part.get("kept"), launched=launched)
+            # Of an empty share nothing is kept.
+            keeper = rules if fragment.alike else Rules()
+            keeper.check_kept(fragment.alike, part.get("kept"), launched=launched)
 
 
 def _check_rates(
@@ -194,11 +203,7 @@ def _check_vectors(
     if set(saved) != set(names):
         _refuse(f"{where}.vectors", f"the vectors {sorted(names)}", sorted(map(str, saved)))
     for name, parts in saved.items():
-        mine = [
-            (bucket.dtype, part.shape)
-            for bucket in fragment.buckets
-            for part in bucket.parts(torch.empty(bucket.numel, device="meta"))
-        ]
+        mine = [(part.dtype, part.shape) for part in fragment.alike]
         here = f"{where}.vectors[{name!r}]"
         if not isinstance(parts, Sequence) or len(parts) != len(mine):
             _refuse(here, f"{len(mine)} tensors", parts)

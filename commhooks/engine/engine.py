@@ -7,24 +7,28 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commhooks.engine.checkpoint import check_values, dump_vectors, load_vectors, shapes
+from commhooks.engine.checkpoint import check_values, dump_vectors, load_vectors
 from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.guards.refused_backward import raise_after_backward
 from commhooks.engine.meter import Meter
-from commhooks.engine.network.agreement import tell
+from commhooks.engine.network.agreement import by_rank, tell
 from commhooks.engine.network.communicator import done, open_communicator
 from commhooks.engine.network.gradients import GradientAverager
+from commhooks.engine.network.islands import Layout
+from commhooks.engine.network.links import Links
 from commhooks.engine.network.roll_call import RollCall
+from commhooks.engine.network.ticket import Ticket
 from commhooks.engine.rounds.consensus import Consensus, enter
 from commhooks.engine.rounds.fragment import Fragment
 from commhooks.engine.rounds.round import Round
 from commhooks.engine.rounds.schedule import Schedule
+from commhooks.engine.rounds.sharing import put_together
 from commhooks.engine.rules import Rules
 from commhooks.engine.steps.backward import Backwards
 from commhooks.engine.vectors.buckets import build_buckets
@@ -65,6 +69,7 @@ class Engine:
     Args:
         rules: the algorithm.
         parent: the ranks that train together.
+        layout: which of them make one worker.
         parameters: those that DDP reduces, by name, in the same order on every rank.
         warmup_steps: steps before the local ones.
         cap_bytes: size of a bucket.
@@ -76,6 +81,7 @@ class Engine:
         self,
         rules: Rules,
         parent: dist.ProcessGroup,
+        layout: Layout,
         parameters: Mapping[str, Tensor],
         warmup_steps: int,
         cap_bytes: float,
@@ -86,21 +92,27 @@ class Engine:
         # A state holds its engine; a cycle would keep dropped states, and their groups, for long.
         self._rules_alive = weakref.ref(rules)
         self._check = check
-        self.communicator = open_communicator(parent, self)
-        rules.resolve(self.communicator.size)
+        self.layout = layout
+        self.links = Links(parent, self, layout)
+        rules.resolve(layout.m)
         steps = self.steps = Steps(step=0, origin=warmup_steps)
         self.disabled = False
         self._meter = Meter()
-        self._call = RollCall(
-            type(rules).__name__, self.communicator, self._meter, lambda: steps.step
-        )
+        self._call = RollCall(type(rules).__name__, self.links, self._meter, lambda: steps.step)
         self._backwards = Backwards(parameters.values(), static_graph=static_graph)
         dealt = partition(parameters, rules.fragments)
         self._fragments = [
             Fragment(
-                build_buckets(part.values(), cap_bytes),
+                part.values(),
+                build_buckets(
+                    part.values(),
+                    cap_bytes,
+                    layout.size,
+                    layout.place,
+                    cuttable=rules.elementwise,
+                ),
                 Schedule(rules.tau, rules.delay, offset=-(-number * rules.tau // len(dealt))),
-                self.communicator.size,
+                layout.m,
             )
             for number, part in enumerate(dealt, start=1)
         ]
@@ -108,6 +120,11 @@ class Engine:
         self.device = self._call.device = self._fragments[0].device
         self._restart_schedules()
         self._averager: GradientAverager | None = None
+        self._island_averager: GradientAverager | None = None
+        if self.links.island is not None and not rules.synchronous:
+            # Its seconds are not counted: an island is one worker.
+            gradients = open_communicator(parent, self, layout.mine)
+            self._island_averager = GradientAverager(self.links.island, gradients, Meter())
         if rules.synchronous or warmup_steps:
             self._open_averager()
         self._started = False
@@ -175,8 +192,9 @@ class Engine:
                 )
             return gradient
         averaging = self.averages_gradients
-        if averaging:
-            gradient = self._average(bucket, first=first, last=last)
+        averager = self._open_averager() if averaging else self._island_averager
+        if averager is not None:
+            gradient = self._average(averager, bucket, first=first, last=last)
             if self._call.failed:
                 if last:
                     raise_after_backward(self._call.failure())
@@ -192,9 +210,8 @@ class Engine:
         return gradient
 
     def _average(
-        self, bucket: GradBucket, *, first: bool, last: bool
+        self, averager: GradientAverager, bucket: GradBucket, *, first: bool, last: bool
     ) -> torch.futures.Future[Tensor]:
-        averager = self._open_averager()
         gradient = done(bucket.buffer())
         if self._call.failed:
             return gradient
@@ -205,7 +222,10 @@ class Engine:
             if last:
                 averager.end(self.device)
         except Exception as error:  # noqa: BLE001 - a backend may raise anything
-            self._call.note_failure(str(error))
+            if averager is self._island_averager:
+                self._call.note_failure_in_island(str(error))
+            else:
+                self._call.note_failure(str(error))
             averager.give_up()
         return gradient
 
@@ -255,7 +275,7 @@ class Engine:
                     self._launch(fragment, mix_first=landing)
                     launched.append(fragment)
                 else:
-                    fragment.sweep(self._rules, "mix")
+                    self._mix(fragment)
                     schedule.landed()
 
     def drain(self) -> None:
@@ -278,7 +298,8 @@ class Engine:
             fragment.round = None
             if cause is not None:
                 self._call.fail(cause, finished.number)
-            self.communicator.idle = all(each.round is None for each in self._fragments)
+            if all(each.round is None for each in self._fragments):
+                self.links.idle()
             self._meter.rounds_used += 1
             self._meter.communication(
                 finished.launched, finished.arrived, began, Moment(self.device)
@@ -313,9 +334,7 @@ class Engine:
             drifted = self._fragments if self._drifted else ()
             buckets = [bucket for fragment in drifted for bucket in fragment.buckets]
             refusal = self._check()
-            consensus = enter(
-                what, buckets, buffers, refusal, self.communicator, self._call, self._meter
-            )
+            consensus = enter(what, buckets, buffers, refusal, self.links, self._call, self._meter)
             self._block, self._consensus = block, consensus
 
     def leave_consensus(self, block: object) -> None:
@@ -371,10 +390,11 @@ class Engine:
             self.drain()
             self._call("close()")
             # No rank may take down what another still reads from.
-            tell(self.communicator.parent, None)
-            self.communicator.close()
-            if self._averager is not None:
-                self._averager.close()
+            tell(self.links.everyone.parent, None)
+            self.links.close()
+            for averager in (self._averager, self._island_averager):
+                if averager is not None:
+                    averager.close()
         for fragment in self._fragments:
             fragment.release()
 
@@ -457,7 +477,7 @@ class Engine:
                 {
                     "launch": fragment.schedule.launch,
                     "landing": fragment.schedule.landing,
-                    "shapes": shapes(fragment.buckets),
+                    "shapes": fragment.shapes,
                     "vectors": dump_vectors(
                         fragment.buckets, self._saved_vectors if self._started else ()
                     ),
@@ -468,34 +488,35 @@ class Engine:
             ],
         }
 
-    def check_state_dict(self, saved: Mapping[str, Any], *, same_ranks: bool = True) -> None:
+    def check_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Refuse what :meth:`load_state_dict` could not go on from.
 
         Raises:
             CheckpointError: it is damaged, or of another model.
         """
-        goes_on = saved.get("started") is True and self._goes_on(same_ranks=same_ranks)
+        goes_on = saved.get("started") is True and self._goes_on(saved)
         vectors = self._saved_vectors if goes_on else None
         check_values(saved, self._fragments, vectors, self._rules)
 
     @_outside_inference_mode
-    def load_state_dict(self, saved: Mapping[str, Any], *, same_ranks: bool = True) -> bool:
+    def load_state_dict(self, saved: Mapping[str, Any]) -> bool:
         """Go on from what :meth:`state_dict` gave and :meth:`check_state_dict` found good.
 
         Args:
-            saved: what it gave, on this rank or, with other ``same_ranks``, on any rank.
-            same_ranks: whether as many ranks go on as saved.
+            saved: what it gave, on this rank or, with another number of workers, on any rank that
+                had the same share of its island's model.
 
         Returns:
             Whether the vectors go on too. Those that belong to one rank do not fit another number
-            of ranks; the algorithm then starts anew from the parameters.
+            of ranks, nor those of another share; the algorithm then starts anew from the
+            parameters.
 
         Raises:
             RegistrationError: inside ``averaged()``.
         """
         self.refuse_inside_averaged("load_state_dict()")
         self.drain()
-        started = saved["started"] and self._goes_on(same_ranks=same_ranks)
+        started = saved["started"] and self._goes_on(saved)
         if started:
             for fragment, values in zip(self._fragments, saved["fragments"], strict=True):
                 fragment.allocate(self._rules.vectors)
@@ -515,12 +536,30 @@ class Engine:
                 fragment.rates = values["rates"]
             # What was in flight is part of the vectors. It lands in models that were in flight with
             # it, which those of another number of workers are not.
-            if not same_ranks and not (started and self._rules.overlapped):
+            if not self.same_ranks(saved) and not (started and self._rules.overlapped):
                 fragment.schedule.landing = None
         return self._started or not saved["started"]
 
-    def _goes_on(self, *, same_ranks: bool) -> bool:
-        return same_ranks or self._rules.portable
+    @property
+    def identity(self) -> dict[str, int]:
+        """Which rank of how many this is."""
+        everyone, layout = self.links.everyone, self.layout
+        return {
+            "world_size": everyone.size,
+            "rank": everyone.rank,
+            "island_size": layout.size,
+            "place": layout.place,
+        }
+
+    def same_ranks(self, saved: Mapping[str, Any]) -> bool:
+        """Whether as many ranks saved, in islands as large."""
+        mine = self.identity
+        return all(saved.get(name) == mine[name] for name in ("world_size", "island_size"))
+
+    def _goes_on(self, saved: Mapping[str, Any]) -> bool:
+        mine = self.identity
+        same_share = all(saved.get(name) == mine[name] for name in ("island_size", "place"))
+        return self.same_ranks(saved) or (same_share and self._rules.portable)
 
     @property
     def _saved_vectors(self) -> tuple[str, ...]:
@@ -566,33 +605,82 @@ class Engine:
         number = self._meter.rounds_launched + 1
         refusal = self._check()
         probes: list[Tensor] = []
+        bits: int | Tensor = 0
         if refusal is None:
             try:
+                bits = fragment.bits if fragment.shared else 0
                 fragment.prepare(self._rules, self._rates)
                 names = ("mix", "contribute") if mix_first else ("contribute",)
                 probes = fragment.sweep(self._rules, *names)
             except RegistrationError as error:
                 # A parameter is not what it was. The other ranks must be told.
                 refusal = str(error)
-        self.communicator.idle = False
+        self.links.busy()
         fragment.round = Round(
             self._call.point("a round", number),
+            self.device,
             fragment.buckets,
-            self.communicator,
+            self.links,
             self._rules,
             fragment.kept,
             probes,
             refusal,
+            bits,
         )
         fragment.schedule.launched()
         self._meter.rounds_launched = number
-        if self.communicator.size > 1:
+        if self.layout.m > 1:
             self._meter.bytes_reduced += fragment.nbytes
+        if mix_first and fragment.shared and self._all_in_island_can(refusal):
+            self._put_together(fragment)
+        # Else nobody in the island is mixed, and the round ends in an error on every rank.
+
+    def _mix(self, fragment: Fragment) -> None:
+        if not fragment.shared:
+            fragment.sweep(self._rules, "mix")
+            return
+        refusal = None
+        try:
+            fragment.sweep(self._rules, "mix")
+        except RegistrationError as error:
+            refusal = str(error)
+        if not self._all_in_island_can(refusal):
+            assert self.links.island is not None
+            self._fail_in_island(by_rank(self.links.island.tell(refusal), self.layout.mine))
+        self._put_together(fragment)
+
+    def _all_in_island_can(self, refusal: str | None) -> bool:
+        """Whether no rank of the island has a refusal. Collective there."""
+        assert self.links.island is not None
+        try:
+            point = self._call.point("a landing")
+            verdict = Ticket(
+                self.links.island, self.device, point, refused=refusal is not None
+            ).wait()
+        except RuntimeError as error:
+            self._fail_in_island(str(error))
+        if verdict.problem is not None:
+            self._fail_in_island(verdict.problem)
+        return not verdict.refused
+
+    def _put_together(self, fragment: Fragment) -> None:
+        """Give the ranks of the island what each of them has mixed. Collective there."""
+        assert self.links.island is not None
+        try:
+            put_together(self.links.island, fragment.buckets, fragment.common)
+        except RuntimeError as error:
+            self._fail_in_island(str(error))
+        fragment.write_common()
+
+    def _fail_in_island(self, cause: str) -> NoReturn:
+        self._call.note_failure_in_island(cause)
+        raise self._call.failure() from None
 
     def _open_averager(self) -> GradientAverager:
         if self._averager is None:
             # Of its own, since buckets of gradients and parameters differ in size, and two ranks
             # that are not at the same point must not make them meet.
-            communicator = open_communicator(self.communicator.parent, self)
-            self._averager = GradientAverager(self.communicator, communicator, self._meter)
+            everyone = self.links.everyone
+            gradients = open_communicator(everyone.parent, self)
+            self._averager = GradientAverager(everyone, gradients, self._meter)
         return self._averager

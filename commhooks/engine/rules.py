@@ -20,7 +20,8 @@ class Part:
     Attributes:
         parameter: the model's parameter.
         vectors: its part of every flat vector, in the parameter's own shape. (Complex parameters
-            are seen as real ones with a last dimension of two.)
+            are seen as real ones with a last dimension of two, and what this rank has of a
+            parameter that is cut as a vector.)
         rate: the learning rate in force in the optimizer that updates it; None if not known.
         last_rate: the same at the launch before; None at the first one.
     """
@@ -77,6 +78,11 @@ class Rules:
     """How many parts of the model take turns, or the names of the parameters in each."""
 
     @property
+    def elementwise(self) -> bool:
+        """Whether a parameter may be cut, so that the ranks of an island have a part each."""
+        return True
+
+    @property
     def delay(self) -> int:
         """Steps from a round's launch to its landing: 0 (blocking) to ``tau``."""
         return self.tau if self.overlapped else 0
@@ -127,11 +133,11 @@ class Rules:
         """Make what is kept of a fragment besides vectors; called once, after ``start``."""
         return None
 
-    def check_kept(self, parameters: Sequence[Tensor], saved: object, *, launched: bool) -> None:
+    def check_kept(self, parts: Sequence[Tensor], saved: object, *, launched: bool) -> None:
         """Refuse what a checkpoint holds of :meth:`keep`'s, if it does not fit.
 
         Args:
-            parameters: those of the fragment.
+            parts: as a vector's in :meth:`keep`, but without numbers (on the device "meta").
             saved: what was saved of it; None if nothing was.
             launched: whether a round had been launched since ``keep``.
 

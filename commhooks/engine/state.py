@@ -23,6 +23,7 @@ from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.guards.refused_backward import raise_after_backward
 from commhooks.engine.network.agreement import agree
 from commhooks.engine.network.communicator import done
+from commhooks.engine.network.islands import island_of, settle_layout
 from commhooks.engine.rules import Rules
 from commhooks.engine.steps.model import (
     ModelWatch,
@@ -46,7 +47,15 @@ from commhooks.engine.vectors.buffers import Buffer, check_patterns, find_buffer
 from commhooks.engine.vectors.fragments import partition
 from commhooks.errors import CheckpointError, RegistrationError
 from commhooks.hook import comm_hook
-from commhooks.hyperparameters import Count, Names, Positive, checked_fields, plain, refusal
+from commhooks.hyperparameters import (
+    Count,
+    IslandRanks,
+    Names,
+    Positive,
+    checked_fields,
+    plain,
+    refusal,
+)
 from commhooks.stats import Stats
 
 if TYPE_CHECKING:
@@ -56,7 +65,7 @@ __all__ = ["CommHookState"]
 
 logger = logging.getLogger("commhooks")
 
-_NO_HYPERPARAMETERS = ("process_group", "bucket_cap_mb", "average_buffers")
+_NO_HYPERPARAMETERS = ("process_group", "bucket_cap_mb", "average_buffers", "island")
 
 
 @dataclass(eq=False, repr=False)
@@ -77,6 +86,11 @@ class CommHookState(Rules, Joinable):
         average_buffers: names, as in ``module.named_buffers()``, or shell patterns of names of
             buffers that are averaged in the consensus model, besides the running mean and variance
             of normalisation layers. All others are the first rank's there.
+        island: ranks that average their gradients at every step, over their fast bus, and so make
+            one worker: ``"node"`` for the ranks of a machine, as torchrun and ``accelerate launch``
+            count them in LOCAL_WORLD_SIZE; a number of neighbouring ranks; or this rank's island as
+            a process group. None makes every rank a worker. Each rank averages its share of the
+            parameters with the ranks at its place in the other islands.
 
     Raises:
         HyperParameterError: an argument has the wrong type or lies outside its range.
@@ -87,6 +101,7 @@ class CommHookState(Rules, Joinable):
     warmup_steps: Count = 0
     bucket_cap_mb: Positive = 25.0
     average_buffers: Names = ()
+    island: IslandRanks | None = None
 
     def __post_init__(self) -> None:
         Joinable.__init__(self)
@@ -137,6 +152,9 @@ class CommHookState(Rules, Joinable):
         unregistered.__dict__.update(self.__dict__)
         unregistered._forget()
         unregistered.process_group = None
+        if isinstance(self.island, dist.ProcessGroup):
+            logger.warning("An island's process group cannot be copied; the copy has no islands.")
+            unregistered.island = None
         return unregistered.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -244,11 +262,18 @@ class CommHookState(Rules, Joinable):
             **facts,
             **parameter_facts(parameters),
         }
+        mine: tuple[int, ...] = ()
+        try:
+            mine = island_of(self.island, group)
+        except RegistrationError as error:
+            refusal = refusal or str(error)
+        facts["ranks in an island"] = len(mine)
         agree(group, facts, refusal)
         assert ddp is not None
         engine = Engine(
             self,
             group,
+            settle_layout(group, mine),
             parameters,
             self.warmup_steps,
             self.bucket_cap_mb * 2**20,
@@ -451,7 +476,12 @@ class CommHookState(Rules, Joinable):
         Raises:
             RegistrationError: not registered yet.
         """
-        self._registered()
+        if self._registered().layout.size > 1:
+            raise RegistrationError(
+                "Join cannot be used with islands: a rank that is out of batches makes no updates, "
+                "and would no longer hold the parameters of its island. Give the ranks of an "
+                "island the same number of batches, such as with drop_last=True."
+            )
         model = self.model
         if model is None:
             raise RegistrationError("Join needs a model, and this state's is gone.")
@@ -470,7 +500,7 @@ class CommHookState(Rules, Joinable):
     @property
     def join_process_group(self) -> dist.ProcessGroup:
         """The ranks that Join counts."""
-        return self._registered().communicator.parent
+        return self._registered().links.everyone.parent
 
     def shadow_step(self) -> None:
         """Take part in a step of the ranks that still have batches; called by Join."""
@@ -556,28 +586,28 @@ class CommHookState(Rules, Joinable):
             self._check(self._loaded, engine)
         except CheckpointError as error:
             problem = str(error)
-        agree(engine.communicator.parent, {}, problem)
+        agree(engine.links.everyone.parent, {}, problem)
         self._load(self._loaded, engine)
         self._loaded = None
 
     def _check(self, loaded: Mapping[str, Any], engine: Engine) -> None:
         mine = self._identity(engine)
-        same_ranks = loaded.get("world_size") == mine["world_size"]
-        if not same_ranks:
+        if not engine.same_ranks(loaded):
             # Any rank's vectors will do, or none.
-            mine = {k: v for k, v in mine.items() if k not in ("world_size", "rank")}
+            mine = {k: v for k, v in mine.items() if k not in engine.identity}
         check_identity(loaded, mine)
-        engine.check_state_dict(loaded, same_ranks=same_ranks)
+        engine.check_state_dict(loaded)
 
     def _load(self, loaded: Mapping[str, Any], engine: Engine) -> None:
-        same_ranks = loaded["world_size"] == engine.communicator.size
-        kept = engine.load_state_dict(loaded, same_ranks=same_ranks)
-        if not same_ranks:
+        kept = engine.load_state_dict(loaded)
+        if not engine.same_ranks(loaded):
             logger.warning(
-                "commhooks: the checkpoint is of %s ranks, this run has %s; load the consensus "
-                "model on every rank. %s",
+                "commhooks: the checkpoint is of %s ranks in islands of %s, this run has %s in "
+                "islands of %s; load the consensus model on every rank. %s",
                 loaded["world_size"],
-                engine.communicator.size,
+                loaded["island_size"],
+                engine.identity["world_size"],
+                engine.layout.size,
                 "The anchor goes on."
                 if kept
                 else "The algorithm's vectors were reset: it starts anew from the parameters.",
@@ -587,8 +617,7 @@ class CommHookState(Rules, Joinable):
         return {
             "algorithm": type(self).__name__,
             "hyperparameters": self.hyperparameters(),
-            "world_size": engine.communicator.size,
-            "rank": engine.communicator.rank,
+            **engine.identity,
         }
 
     def _buffers(self) -> list[Buffer]:

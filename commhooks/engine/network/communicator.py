@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -29,25 +29,36 @@ def done(value: T) -> torch.futures.Future[T]:
     return future
 
 
-def open_communicator(parent: dist.ProcessGroup, owner: object) -> Communicator:
-    """A private copy of ``parent`` for ``owner``: one that nobody needs any more, or a new one.
+def open_communicator(
+    parent: dist.ProcessGroup, owner: object, ranks: Sequence[int] | None = None
+) -> Communicator:
+    """A private group for ``owner``: one that nobody needs any more, or a new one.
 
     A group costs threads and open files until ``destroy_process_group``, and a sweep registers
-    hundreds of states in one process. Collective over the parent's ranks alone.
+    hundreds of states in one process. Collective over the parent's ranks, and no others.
+
+    Args:
+        parent: the group that the ranks are of.
+        owner: whose it is.
+        ranks: the ranks that this one belongs to, by their global numbers, of several sets that
+            share out the parent's; None for all of them.
     """
+    everyone = dist.get_process_group_ranks(parent)
+    ranks = everyone if ranks is None else list(ranks)
     kept = _kept[parent] = [each for each in _kept.get(parent, ()) if not each.closed]
-    free = next((each for each in kept if each.free), None)
-    offers = tell(parent, (free.name if free else None, f"commhooks-{uuid.uuid4().hex}"))
+    free = next((each for each in kept if each.free and each.ranks == ranks), None)
+    told = tell(parent, (free.name if free else None, f"commhooks-{uuid.uuid4().hex}"))
+    offers = [told[everyone.index(rank)] for rank in ranks]
     # A rank whose garbage collector came later may not have the same one free yet.
     if free is None or len({offered for offered, _ in offers}) > 1:
-        free = Communicator(parent, name=offers[0][1])
+        free = Communicator(parent, ranks, name=offers[0][1])
         kept.append(free)
     free.owner = weakref.ref(owner)
     return free
 
 
 class Communicator:
-    """Collectives over a private copy of a process group.
+    """Collectives over a private group of some ranks, or all, of a process group.
 
     A group of its own keeps the library's background traffic from reordering or delaying the
     user's collectives, and can be ended with the process (:mod:`commhooks.engine.guards`).
@@ -58,23 +69,24 @@ class Communicator:
     process by waiting for itself.
 
     Args:
-        parent: the group whose ranks take part.
+        parent: the group that the ranks are of.
+        ranks: those that take part, by their global numbers; this one is among them.
         name: of the new group, the same on every rank and used once.
 
     Attributes:
-        size: number of ranks m.
+        size: number of ranks.
         rank: this rank's number in the group.
         ranks: global numbers of the group's ranks.
         idle: whether nothing is in flight, so that another state can take the group over.
         owner: whose it is; another can have it once the owner is gone.
     """
 
-    def __init__(self, parent: dist.ProcessGroup, name: str) -> None:
+    def __init__(self, parent: dist.ProcessGroup, ranks: Sequence[int], name: str) -> None:
         self._parent = weakref.ref(parent)
         self.name = name
-        self.ranks = dist.get_process_group_ranks(parent)
+        self.ranks = list(ranks)
         self.size = len(self.ranks)
-        self.rank = dist.get_rank(parent)
+        self.rank = self.ranks.index(dist.get_rank())
         self.idle = True
         self.owner: Callable[[], object | None] = lambda: None
         self._backend = _backend(parent)
@@ -96,7 +108,7 @@ class Communicator:
 
     @property
     def parent(self) -> dist.ProcessGroup:
-        """The group that this one is a copy of.
+        """The group that the ranks are of.
 
         Raises:
             RuntimeError: it has been destroyed.
@@ -115,13 +127,18 @@ class Communicator:
         work = dist.all_reduce(tensor, group=_alive(self._own), async_op=True)
         return self._future(work, tensor)
 
-    def broadcast(self, tensor: Tensor) -> torch.futures.Future[Any]:
-        """Start overwriting ``tensor`` with the first rank's."""
+    def broadcast(self, tensor: Tensor, source: int = 0) -> torch.futures.Future[Any]:
+        """Start overwriting ``tensor`` with that of the rank with this number in the group."""
         if self._own is None:
             return done([tensor])
         with _unrecorded():
-            work = dist.broadcast(tensor, group=_alive(self._own), group_src=0, async_op=True)
+            group = _alive(self._own)
+            work = dist.broadcast(tensor, group=group, group_src=source, async_op=True)
         return self._future(work, tensor)
+
+    def tell(self, mine: T) -> list[T]:
+        """Every rank's value, in the order of the ranks. Blocks."""
+        return [mine] if self._own is None else tell(_alive(self._own), mine)
 
     def _future(self, work: dist.Work, tensor: Tensor) -> torch.futures.Future[Any]:
         future: torch.futures.Future[Any] = work.get_future()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from commhooks.engine.meter import Meter
 from commhooks.engine.network.agreement import reasons
-from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.network.links import Links
 from commhooks.engine.network.ticket import Point, Ticket
 from commhooks.engine.vectors.devices import Moment
 from commhooks.errors import RoundError
@@ -23,7 +24,7 @@ class RollCall:
 
     Args:
         algorithm: its name, for errors.
-        communicator: the ranks.
+        links: the ranks.
         meter: knows the number of the last round, and where seconds are counted.
         step: tells the number of steps so far.
 
@@ -31,12 +32,10 @@ class RollCall:
         device: where tickets are made out.
     """
 
-    def __init__(
-        self, algorithm: str, communicator: Communicator, meter: Meter, step: Callable[[], int]
-    ) -> None:
+    def __init__(self, algorithm: str, links: Links, meter: Meter, step: Callable[[], int]) -> None:
         self.device = torch.device("cpu")
         self._algorithm = algorithm
-        self._communicator = communicator
+        self._links = links
         self._meter = meter
         self._step = step
         # What to raise, not the error itself: its traceback would keep the model alive.
@@ -68,13 +67,23 @@ class RollCall:
     def error(self, cause: str, number: int | None = None, *, passing: bool = False) -> RoundError:
         """An error of the last round, or of the one with that number."""
         number = self._meter.rounds_launched if number is None else number
-        ranks = tuple(self._communicator.ranks)
+        ranks = tuple(self._links.everyone.ranks)
         return RoundError(self._algorithm, number, self._step(), ranks, cause, passing)
 
     def note_failure(self, cause: str, number: int | None = None) -> None:
         """From now on there is only this error; what is in flight may never arrive."""
         self._failure = self.error(cause, number).args
-        self._communicator.idle = False
+        self._links.busy()
+
+    def note_failure_in_island(self, cause: str) -> None:
+        """The same, where the other islands do not know of it: they hear it from their next ticket.
+
+        They may be at anything, so nobody here waits for them.
+        """
+        self.note_failure(cause)
+        # What cannot be told, they find out when this process ends.
+        with suppress(RuntimeError):
+            Ticket(self._links.everyone, self.device, self.point("an error in its island"))
 
     def fail(self, cause: str, number: int | None = None) -> NoReturn:
         """Note the failure, and raise it.
@@ -104,9 +113,18 @@ class RollCall:
                 to refuse, or the tickets did not get through.
         """
         began = Moment(self.device)
+        if self._links.island is not None:
+            # There first, where alone a rank may be in the middle of a step.
+            try:
+                problem = Ticket(self._links.island, self.device, self.point(what)).wait().problem
+            except RuntimeError as error:
+                problem = f"{what}: {error}"
+            if problem is not None:
+                self.note_failure_in_island(problem)
+                raise self.failure()
         try:
             verdict = Ticket(
-                self._communicator,
+                self._links.everyone,
                 self.device,
                 self.point(what),
                 probes=probes,
@@ -119,5 +137,5 @@ class RollCall:
         if verdict.problem is not None:
             self.fail(verdict.problem)
         if verdict.refused:
-            raise self.error(reasons(self._communicator.parent, refusal), passing=True)
+            raise self.error(reasons(self._links.everyone.parent, refusal), passing=True)
         return verdict.alike

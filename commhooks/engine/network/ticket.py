@@ -16,7 +16,10 @@ from commhooks.engine.vectors.devices import HostCopy
 __all__ = ["Point", "Ticket", "Verdict", "total"]
 
 _CALLS = ("averaged()", "finish()", "disable()", "close()")
-_KINDS = ("the gradients of a backward", "a round", *_CALLS)
+_KINDS = ("the gradients of a backward", "a round", "a landing", "an error in its island", *_CALLS)
+
+# What a number in fp64 holds exactly.
+_48_BITS = 2**48 - 1
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,17 @@ class Verdict:
     Attributes:
         problem: what forbids to use the payload, if anything.
         refused: whether some rank has a reason of its own, which it has to tell the others.
-        alike: whether all ranks describe what they bring with the same digest.
+        digests: every rank's.
     """
 
     problem: str | None
     refused: bool
-    alike: bool
+    digests: tuple[int, ...]
+
+    @property
+    def alike(self) -> bool:
+        """Whether all ranks describe what they bring with the same digest."""
+        return len(set(self.digests)) == 1
 
 
 class Ticket:
@@ -65,7 +73,8 @@ class Ticket:
         point: what this rank is about to do.
         probes: scalars that are NaN or inf if the rank's parameters are.
         refused: whether this rank has a reason not to take part.
-        digest: a number below 2^53 that stands for what else the ranks must have in common.
+        digest: a number that stands for what else ranks must have in common, as a scalar tensor
+            where the host need not know it; its last 48 bits are sent.
     """
 
     def __init__(
@@ -76,13 +85,14 @@ class Ticket:
         *,
         probes: Sequence[Tensor] = (),
         refused: bool = False,
-        digest: int = 0,
+        digest: int | Tensor = 0,
     ) -> None:
         self._ranks = communicator.ranks
-        mine = (_KINDS.index(point.what), point.step, point.number, digest, refused, 0)
+        mine = (_KINDS.index(point.what), point.step, point.number, 0, refused, 0)
         # One column a rank and zeros in the others', so that the sum is everybody's row.
         self._slots = torch.zeros(len(mine), communicator.size, dtype=torch.float64, device=device)
         self._slots[:, communicator.rank] = torch.tensor(mine, dtype=torch.float64)
+        self._slots[3, communicator.rank] = digest & _48_BITS
         if probes:
             finite = torch.isfinite(total(probes, device))
             self._slots[-1, communicator.rank] = (~finite).double()
@@ -119,7 +129,7 @@ class Ticket:
         elif any(broken):
             ranks = [r for r, bad in zip(self._ranks, broken, strict=True) if bad]
             problem = f"the parameters of rank(s) {ranks} hold NaN or inf."
-        return Verdict(problem, any(refused), len(set(digests)) == 1)
+        return Verdict(problem, any(refused), tuple(map(int, digests)))
 
 
 def total(probes: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -128,4 +138,4 @@ def total(probes: Sequence[Tensor], device: torch.device) -> Tensor:
     for probe in probes:
         kinds.setdefault((probe.device, probe.dtype), []).append(probe)
     sums = [torch.stack(same).sum(dtype=torch.float64).to(device) for same in kinds.values()]
-    return torch.stack(sums).sum()
+    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64, device=device)

@@ -13,7 +13,9 @@ from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.meter import Meter
 from commhooks.engine.network.agreement import tell
 from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.network.links import Links
 from commhooks.engine.network.roll_call import RollCall
+from commhooks.engine.rounds.sharing import put_together
 from commhooks.engine.vectors.buckets import Bucket
 from commhooks.engine.vectors.buffers import Buffer, BufferExchange, common, digest
 from commhooks.engine.vectors.devices import Moment, catch_up_with_callbacks, finiteness
@@ -27,7 +29,7 @@ def enter(
     buckets: Sequence[Bucket],
     buffers: Callable[[], Sequence[Buffer]],
     refusal: str | None,
-    communicator: Communicator,
+    links: Links,
     call: RollCall,
     meter: Meter,
 ) -> Consensus:
@@ -41,7 +43,7 @@ def enter(
         buckets: the parameters; none if they are the same on all ranks.
         buffers: finds the buffers.
         refusal: why this rank cannot take part, if it cannot.
-        communicator: the ranks.
+        links: the ranks.
         call: how they meet.
         meter: where bytes and seconds are counted.
 
@@ -49,7 +51,7 @@ def enter(
         RoundError: the ranks are not at the same point, one of them cannot take part, or the
             communication failed; the models are as they were.
     """
-    consensus = Consensus(communicator)
+    consensus = Consensus(links)
     mine: Sequence[Buffer] = ()
     probes: list[Tensor] = []
     try:
@@ -61,14 +63,14 @@ def enter(
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must be told
         refusal = refusal or f"{type(error).__name__}: {error}"
     if not call(what, refusal, probes, digest(mine)):
-        consensus.take_buffers(_common(mine, communicator, call), call.device)
+        consensus.take_buffers(_common(mine, links.everyone, call), call.device)
     began = Moment(call.device)
-    communicator.idle = False
+    links.busy()
     try:
         meter.bytes_reduced += consensus.exchange()
     except RuntimeError as error:
         call.fail(f"{what}: {error}")
-    communicator.idle = True
+    links.idle()
     ended = Moment(call.device)
     meter.communication(began, ended, began, ended)
     try:
@@ -104,11 +106,11 @@ class Consensus:
     """Replaces parameters and buffers by what all ranks hold in common, and puts them back.
 
     Args:
-        communicator: the ranks.
+        links: the ranks.
     """
 
-    def __init__(self, communicator: Communicator) -> None:
-        self._communicator = communicator
+    def __init__(self, links: Links) -> None:
+        self._links = links
         self._buckets: list[Bucket] = []
         self._flats: list[Tensor] = []
         self._swapped: list[tuple[Bucket, Tensor]] = []
@@ -122,11 +124,12 @@ class Consensus:
                 flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
                 bucket.gather(flat)
                 # Divided before the sum, which then overflows where a number does.
-                self._flats.append(flat.mul_(1.0 / self._communicator.size))
+                flat[bucket.start : bucket.stop].mul_(1.0 / self._links.peers.size)
+                self._flats.append(flat)
 
     def take_buffers(self, buffers: Sequence[Buffer], device: torch.device) -> None:
         """Copy the buffers that take part."""
-        self._buffers = BufferExchange(buffers, device, self._communicator.size)
+        self._buffers = BufferExchange(buffers, device, self._links.everyone.size)
 
     def exchange(self) -> int:
         """Send, and wait for what the others send. Collective; nothing has changed afterwards.
@@ -138,19 +141,27 @@ class Consensus:
             RuntimeError: the communication failed.
         """
         assert self._buffers is not None
-        if self._communicator.size == 1:
+        everyone, peers, island = self._links.everyone, self._links.peers, self._links.island
+        if everyone.size == 1:
             return 0
-        sums = [flat for flat in (*self._flats, *self._buffers.sums.values()) if flat.numel()]
+        shares = [
+            flat[bucket.start : bucket.stop]
+            for bucket, flat in zip(self._buckets, self._flats, strict=True)
+            if bucket.length
+        ]
         with record_function("commhooks::consensus"):
             futures: list[torch.futures.Future[Any]] = [
-                self._communicator.all_reduce(flat) for flat in sums
+                *map(peers.all_reduce, shares),
+                *map(everyone.all_reduce, filter(Tensor.numel, self._buffers.sums.values())),
             ]
             if self._buffers.first.numel():
-                futures.append(self._communicator.broadcast(self._buffers.first))
+                futures.append(everyone.broadcast(self._buffers.first))
             for future in futures:
                 future.wait()
             for bucket in self._buckets:
                 catch_up_with_callbacks(bucket.device)
+            if island is not None and any(bucket.shared for bucket in self._buckets):
+                put_together(island, self._buckets, self._flats)
         return sum(bucket.nbytes for bucket in self._buckets) + self._buffers.nbytes
 
     def put_in_place(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,14 +30,26 @@ class Fragment:
         kept: what the algorithm keeps besides vectors.
         rates: the learning rates at the last launch, one a parameter.
         squared_distance: of the parameters to what they were last drawn to.
+        shapes: the parameters'.
+        device: where they lie, or the first of them.
 
     Args:
-        buckets: the parameters.
+        parameters: those that go together.
+        buckets: the same, in flat vectors.
         schedule: when rounds are launched and land.
         workers: the number of workers m.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], schedule: Schedule, workers: int) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        buckets: Sequence[Bucket],
+        schedule: Schedule,
+        workers: int,
+    ) -> None:
+        parameters = list(parameters)
+        self.shapes = [list(parameter.shape) for parameter in parameters]
+        self.device = parameters[0].device
         self.buckets = list(buckets)
         self.schedule = schedule
         self.round: Round | None = None
@@ -48,13 +60,19 @@ class Fragment:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What lies in the buckets, in order."""
-        return [tensor for bucket in self.buckets for tensor in bucket.tensors]
+        """Those of which this rank has a share, in the order of the buckets."""
+        return [tensor for bucket in self.buckets for tensor in bucket.owned]
 
     @property
-    def device(self) -> torch.device:
-        """Where its first bucket lies."""
-        return self.buckets[0].device
+    def shared(self) -> bool:
+        """Whether the ranks of an island share it out."""
+        return any(bucket.shared for bucket in self.buckets)
+
+    @property
+    def bits(self) -> int | Tensor:
+        """A number that ranks with the same parameters, bit for bit, have in common."""
+        sums = [bucket.bits().to(self.device) for bucket in self.buckets]
+        return torch.stack(sums).sum() if sums else 0
 
     @property
     def nbytes(self) -> int:
@@ -72,7 +90,7 @@ class Fragment:
         self.allocate(rules.vectors)
         self.sweep(rules, "start")
         self.rates = None
-        self.kept = rules.keep(self.parts())
+        self._keep(rules)
 
     def prepare(self, rules: Rules, rates: Callable[[], Mapping[int, float]]) -> None:
         """Show the algorithm the learning rates in force, if it looks at them."""
@@ -88,12 +106,23 @@ class Fragment:
         parts: list[Part] = []
         for bucket in self.buckets:
             shaped = {name: bucket.parts(flat) for name, flat in bucket.vectors.items()}
-            for number, tensor in enumerate(bucket.tensors):
+            for number, tensor in enumerate(bucket.owned):
                 vectors = {name: views[number] for name, views in shaped.items()}
                 at = len(parts)
                 now = rates[at] if rates else None
                 parts.append(Part(tensor, vectors, now, self.rates[at] if self.rates else None))
         return parts
+
+    def _keep(self, rules: Rules) -> None:
+        # The share of an island's rank may be empty.
+        parts = self.parts()
+        self.kept = rules.keep(parts) if parts else None
+
+    @property
+    def alike(self) -> list[Tensor]:
+        """What any vector's parts look like, without numbers."""
+        flats = (torch.empty(b.length, dtype=b.dtype, device="meta") for b in self.buckets)
+        return [p for b, flat in zip(self.buckets, flats, strict=True) for p in b.parts(flat)]
 
     def dump_kept(self) -> dict[str, Any] | None:
         """What is kept, as tensors and plain values that later steps do not change."""
@@ -101,7 +130,7 @@ class Fragment:
 
     def load_kept(self, rules: Rules, saved: Mapping[str, Any] | None) -> None:
         """Go on from what :meth:`dump_kept` gave and the rules have found good."""
-        self.kept = rules.keep(self.parts())
+        self._keep(rules)
         if self.kept is not None:
             self.kept.load_state_dict(saved)
 
@@ -122,6 +151,9 @@ class Fragment:
 
     def sweep(self, rules: Rules, *names: str) -> list[Tensor]:
         """Apply rules to the model, chunk by chunk; ``mix`` alone writes to the parameters.
+
+        Where the ranks of an island share it out, ``mix`` writes to the buckets' ``common``, from
+        which :meth:`write_common` takes it.
 
         Returns:
             Scalars that are NaN or inf if a parameter is.
@@ -145,8 +177,19 @@ class Fragment:
                     if contributing:
                         # Divided before the sum, which then overflows where the mean does.
                         vectors["wire"].mul_(1.0 / self._workers)
-                    if mixing:
+                    if mixing and not bucket.shared:
                         chunk.write_back()
             if mixing:
                 self.squared_distance = HostCopy(total(squares, self.device))
         return probes
+
+    @property
+    def common(self) -> list[Tensor]:
+        """The buckets' common vectors, once a sweep has made them."""
+        return [bucket.common for bucket in self.buckets if bucket.common is not None]
+
+    def write_common(self) -> None:
+        """Write what the ranks of an island have put together to the parameters."""
+        with torch.no_grad():
+            for bucket, flat in zip(self.buckets, self.common, strict=True):
+                bucket.scatter(flat)

@@ -11,7 +11,7 @@ from torch.profiler import record_function
 
 from commhooks.engine.guards.process_exit import landing
 from commhooks.engine.network.agreement import reasons
-from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.network.links import Links
 from commhooks.engine.network.ticket import Point, Ticket
 from commhooks.engine.rules import Kept, Rules
 from commhooks.engine.vectors.buckets import Bucket
@@ -28,40 +28,52 @@ class Round:
 
     Args:
         point: what the ranks must agree on; its number is the round's.
+        device: where tickets are made out.
         buckets: the model, with the vectors filled by ``contribute``.
-        communicator: where the all-reduces go.
+        links: where the all-reduces and the ticket go.
         rules: what is chained to them.
         kept: what the rules' ``arrive`` is called with, after the last one; None for no call.
         probes: scalars that are NaN or inf if this rank's parameters are.
         refusal: why this rank cannot take part; it then sends its ticket alone.
+        bits: a number that the ranks of an island have in common if their parameters are the same.
     """
 
     def __init__(
         self,
         point: Point,
+        device: torch.device,
         buckets: Sequence[Bucket],
-        communicator: Communicator,
+        links: Links,
         rules: Rules,
         kept: Kept | None,
         probes: Sequence[Tensor],
         refusal: str | None = None,
+        bits: int | Tensor = 0,
     ) -> None:
         self.number = point.number
-        self._communicator = communicator
+        self._links = links
         self._rules = rules
         self._refusal = refusal
         self._failures: list[str] = []
         self._futures: list[torch.futures.Future[Tensor]] = []
-        self._device = device = buckets[0].device
+        self._device = device
         self.launched = self.arrived = Moment(device)
         self._ticket: Ticket | None = None
         try:
             with record_function("commhooks::launch"):
                 self._ticket = Ticket(
-                    communicator, device, point, probes=probes, refused=refusal is not None
+                    links.everyone,
+                    device,
+                    point,
+                    probes=probes,
+                    refused=refusal is not None,
+                    digest=bits,
                 )
                 for bucket in buckets if refusal is None else ():
-                    reduced = communicator.all_reduce(bucket.vectors["wire"])
+                    # Of some buckets this rank may have no share, and neither have its peers.
+                    if not bucket.length:
+                        continue
+                    reduced = links.peers.all_reduce(bucket.vectors["wire"])
                     self._futures.append(reduced.then(landing(self._chained_to(bucket))))
                 if kept is not None and self._futures:
                     together = torch.futures.collect_all(self._futures)
@@ -99,8 +111,8 @@ class Round:
             return None
         verdict = self._ticket.wait()
         if verdict.problem is None and verdict.refused:
-            return reasons(self._communicator.parent, self._refusal)
-        return verdict.problem
+            return reasons(self._links.everyone.parent, self._refusal)
+        return verdict.problem or self._links.apart(verdict.digests)
 
     def _arrival_of(self, kept: Kept) -> Callable[[torch.futures.Future[Any]], Tensor]:
         def arrive(together: torch.futures.Future[Any]) -> Tensor:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from commhooks.engine.vectors.chunks import Chunk, Gathered, Scratch, cut, is_dense, real
+from commhooks.engine.vectors.chunks import Chunk, Gathered, Scratch, cut, is_dense, real, window
 from commhooks.engine.vectors.devices import accumulation_dtype, chunk_numel
 from commhooks.errors import RegistrationError
 
 __all__ = ["Bucket", "build_buckets"]
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Bucket:
@@ -20,25 +23,44 @@ class Bucket:
     The flat order of a dense tensor is that of its memory, so that channels_last and transposed
     parameters copy as fast as others; ranks must agree on strides, and registration checks it.
 
+    The ranks of an island share a bucket out: each has vectors of its share alone, computes that
+    in :attr:`common`, and takes the rest from the others.
+
     Args:
         tensors: what lies in the bucket, in order.
         scratch: where chunks are computed.
+        edges: where the shares begin, and where the last one ends.
+        share: the number of this rank's.
 
     Attributes:
-        numel: length of the bucket's flat vectors.
+        edges: as given.
+        start, stop: where this rank's share lies.
+        numel: length of the bucket.
+        length: length of the share, and so of the vectors.
         dtype: their format, see :func:`commhooks.engine.vectors.devices.accumulation_dtype`.
         device: where they are.
-        vectors: flat vectors of length ``numel`` by name, once :meth:`allocate` has made them.
+        vectors: flat vectors of length ``length`` by name, once :meth:`allocate` has made them.
         slices: the same, cut into chunks.
+        common: a flat vector of length ``numel`` to gather all shares in; None if there is one.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], scratch: Scratch) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        scratch: Scratch,
+        edges: Sequence[int] | None = None,
+        share: int = 0,
+    ) -> None:
         self.tensors = list(tensors)
         self.device = tensors[0].device
         self.dtype = accumulation_dtype(tensors[0].dtype)
         self.numel = sum(real(tensor).numel() for tensor in tensors)
+        self.edges = list(edges or (0, self.numel))
+        self.start, self.stop = self.edges[share : share + 2]
+        self.length = self.stop - self.start
         self.vectors: dict[str, Tensor] = {}
         self.slices: list[dict[str, Tensor]] = []
+        self.common: Tensor | None = None
         self._scratch = scratch
         self._described = [_describe(tensor) for tensor in tensors]
         self._addresses: list[int] = []
@@ -46,27 +68,38 @@ class Bucket:
         self._gathered: list[Gathered] = []
 
     @property
+    def shared(self) -> bool:
+        """Whether it is shared out."""
+        return len(self.edges) > 2
+
+    @property
     def nbytes(self) -> int:
         """Bytes of one flat vector."""
-        return self.numel * self.dtype.itemsize
+        return self.length * self.dtype.itemsize
+
+    @property
+    def owned(self) -> list[Tensor]:
+        """The tensors of which some lies in the share."""
+        return [tensor for tensor, _ in window(self.tensors, self.start, self.stop)]
 
     def allocate(self, names: Iterable[str]) -> None:
         """Make zeroed flat vectors of the given names."""
         for name in names:
-            self.vectors[name] = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
-        limit = chunk_numel(self.device) or self.numel
+            self.vectors[name] = torch.zeros(self.length, dtype=self.dtype, device=self.device)
+        limit = chunk_numel(self.device) or self.length
         self.slices = [
             {name: flat[start : start + limit] for name, flat in self.vectors.items()}
-            for start in range(0, self.numel, limit)
+            for start in range(0, self.length, limit)
         ]
         self._addresses = []
 
     def release(self) -> None:
         """Let go of the flat vectors."""
         self.vectors, self.slices, self._addresses, self._gathered = {}, [], [], []
+        self.common = None
 
     def gathered(self) -> Iterator[Gathered]:
-        """Go through the bucket chunk by chunk; chunks share their scratch vectors."""
+        """Go through the share chunk by chunk; chunks share their scratch vectors."""
         self.refresh()
         for gathered in self._gathered:
             gathered.gather()
@@ -78,34 +111,49 @@ class Bucket:
         for chunk in self._chunks:
             torch._foreach_copy_(chunk.views(flat[chunk.start : chunk.stop]), chunk.pieces)
 
+    def scatter(self, flat: Tensor) -> None:
+        """Copy ``flat``, of length :attr:`numel`, into the tensors."""
+        for chunk in self._chunks:
+            torch._foreach_copy_(chunk.pieces, chunk.views(flat[chunk.start : chunk.stop]))
+
     def swap(self, flat: Tensor) -> None:
         """Exchange the tensors' numbers with those in ``flat``, of length :attr:`numel`.
 
         No memory is asked for, and nothing is lost of tensors of a smaller format.
         """
-        begin = 0
-        for chunk in self.gathered():
-            other = flat[begin : begin + len(chunk.x)]
-            begin += len(chunk.x)
-            chunk.spare.copy_(chunk.x)
-            chunk.x.copy_(other)
-            chunk.write_back()
-            other.copy_(chunk.spare)
+        self.refresh()
+        for chunk in self._chunks:
+            other = flat[chunk.start : chunk.stop]
+            mine = Gathered(chunk, self._scratch, {})
+            mine.gather()
+            mine.spare.copy_(mine.x)
+            mine.x.copy_(other)
+            mine.write_back()
+            other.copy_(mine.spare)
 
     def parts(self, flat: Tensor) -> list[Tensor]:
-        """Views of the parts of ``flat``, one a tensor, in the tensors' own shapes.
+        """Views of the parts of ``flat``, of length :attr:`length`, one a tensor in the share.
 
-        Complex tensors give real ones with a last dimension of two.
+        They have the tensors' own shapes, or are flat where a part of the tensor is in another
+        share. Complex tensors give real ones with a last dimension of two.
         """
-        shaped = [real(tensor) for tensor in self.tensors]
+        alike = [like for _, like in window(self.tensors, self.start, self.stop)]
         return [
             part.as_strided(like.shape, like.stride(), part.storage_offset())
             if is_dense(like)
             else part.view(like.shape)
             for part, like in zip(
-                torch.split(flat, [like.numel() for like in shaped]), shaped, strict=True
+                torch.split(flat, [like.numel() for like in alike]), alike, strict=True
             )
         ]
+
+    def bits(self) -> Tensor:
+        """A number that is the same for tensors of the same bits, as an int64 scalar."""
+        sums = [
+            (numbers := real(tensor)).view(_INTEGERS[numbers.element_size()]).sum()
+            for tensor in self.tensors
+        ]
+        return torch.stack(sums).sum()
 
     def refresh(self) -> None:
         """Rebuild the views if somebody has moved a tensor (``tensor.data = ...``) since.
@@ -123,29 +171,93 @@ class Bucket:
                     f"{described} to {_describe(tensor)} after registration; convert the model "
                     "before wrapping it in DistributedDataParallel."
                 )
-        self._chunks = list(cut(self.tensors, chunk_numel(self.device)))
-        self._gathered = [Gathered(chunk, self._scratch, self.vectors) for chunk in self._chunks]
+        limit = chunk_numel(self.device)
+        self._chunks = mine = list(cut(self.tensors, limit))
+        into = None
+        if self.shared:
+            mine = list(
+                cut([part for _, part in window(self.tensors, self.start, self.stop)], limit)
+            )
+            if self.common is None:
+                self.common = torch.empty(self.numel, dtype=self.dtype, device=self.device)
+            into = self.common[self.start : self.stop]
+        self._gathered = [Gathered(chunk, self._scratch, self.vectors, into) for chunk in mine]
         self._addresses = addresses
 
 
-def build_buckets(tensors: Iterable[Tensor], cap_bytes: float) -> list[Bucket]:
+def build_buckets(
+    tensors: Iterable[Tensor],
+    cap_bytes: float,
+    shares: int = 1,
+    share: int = 0,
+    *,
+    cuttable: bool = True,
+) -> list[Bucket]:
     """Group tensors by device and averaging format, then pack them in order up to ``cap_bytes``.
 
     A tensor larger than the cap gets a bucket of its own; none is left out.
+
+    Args:
+        tensors: what is averaged.
+        cap_bytes: size of a share of a bucket.
+        shares: how many ranks share each bucket out.
+        share: the number of this one's.
+        cuttable: whether a tensor may lie in several shares; if not, every bucket is one rank's.
     """
+    tensors = [tensor for tensor in tensors if tensor.numel()]
+    if cuttable or shares == 1:
+        return _build(tensors, cap_bytes * shares, partial(_even, shares=shares), share)
+    dealt: list[list[Tensor]] = [[] for _ in range(shares)]
+    for tensor in tensors:
+        min(dealt, key=lambda mine: sum(each.numel() for each in mine)).append(tensor)
+    buckets = []
+    for owner, mine in enumerate(dealt):
+        edges = partial(_all_of_one, owner=owner, shares=shares)
+        buckets += _build(mine, cap_bytes, edges, share)
+    return buckets
+
+
+def _build(
+    tensors: Sequence[Tensor],
+    cap_bytes: float,
+    edges: Callable[[Sequence[Tensor]], list[int]],
+    share: int,
+) -> list[Bucket]:
     # In order of first appearance, so that every rank gets the same order whatever its device is.
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        if tensor.numel():
-            kind = tensor.device, accumulation_dtype(tensor.dtype)
-            groups.setdefault(kind, []).append(tensor)
+        kind = tensor.device, accumulation_dtype(tensor.dtype)
+        groups.setdefault(kind, []).append(tensor)
     buckets: list[Bucket] = []
     for (device, dtype), group in groups.items():
         packed = list(_pack(group, cap_bytes))
-        chunks = (chunk for part in packed for chunk in cut(part, chunk_numel(device)))
-        scratch = Scratch(max(chunk.stop - chunk.start for chunk in chunks), dtype, device)
-        buckets.extend(Bucket(part, scratch) for part in packed)
+        limit = chunk_numel(device)
+        chunks = (chunk for part in packed for chunk in cut(part, limit))
+        longest = max(chunk.stop - chunk.start for chunk in chunks)
+        # A share may put together what the whole has apart, up to the limit.
+        largest = max(sum(real(tensor).numel() for tensor in part) for part in packed)
+        scratch = Scratch(max(longest, min(limit or 0, largest)), dtype, device)
+        buckets.extend(Bucket(part, scratch, edges(part), share) for part in packed)
     return buckets
+
+
+def _even(tensors: Sequence[Tensor], shares: int) -> list[int]:
+    """Edges of near equal shares, moved to where a tensor ends that cannot be cut."""
+    ends = [0]
+    for tensor in tensors:
+        ends.append(ends[-1] + real(tensor).numel())
+    edges = [ends[-1] * number // shares for number in range(shares + 1)]
+    for tensor, begin, end in zip(tensors, ends, ends[1:], strict=False):
+        if not is_dense(real(tensor)):
+            nearest = {e: begin if e - begin < end - e else end for e in edges if begin < e < end}
+            edges = [nearest.get(edge, edge) for edge in edges]
+    return edges
+
+
+def _all_of_one(tensors: Sequence[Tensor], owner: int, shares: int) -> list[int]:
+    """Edges of shares that are all empty but one."""
+    numel = sum(real(tensor).numel() for tensor in tensors)
+    return [0] * (owner + 1) + [numel] * (shares - owner)
 
 
 def _pack(tensors: Iterable[Tensor], cap_bytes: float) -> Iterator[list[Tensor]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Chunk", "Gathered", "Scratch", "cut", "is_dense", "real"]
+__all__ = ["Chunk", "Gathered", "Scratch", "cut", "is_dense", "real", "window"]
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -24,6 +24,26 @@ def real(tensor: Tensor) -> Tensor:
     """The tensor's numbers as real ones, outside autograd; complex ones get a last dimension."""
     detached = tensor.detach()
     return torch.view_as_real(detached) if detached.is_complex() else detached
+
+
+def window(tensors: Sequence[Tensor], start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """What lies between two numbers of tensors laid end to end.
+
+    Yields:
+        Each tensor of which a part does, and that part: of the tensor's own shape if all of it
+        does, else flat. A tensor that is not dense cannot be cut.
+    """
+    begin = 0
+    for tensor in tensors:
+        numbers = real(tensor)
+        end = begin + numbers.numel()
+        first, last = max(begin, start), min(end, stop)
+        if (first, last) == (begin, end):
+            yield tensor, numbers
+        elif first < last:
+            flat = numbers.as_strided((numbers.numel(),), (1,))
+            yield tensor, flat[first - begin : last - begin]
+        begin = end
 
 
 class Chunk:
@@ -98,12 +118,14 @@ class Scratch:
 
 
 class Gathered:
-    """A chunk's numbers in a flat vector: in place where they lie flat already, else in scratch.
+    """A chunk's numbers in a flat vector: in place where they lie flat already, else a copy.
 
     Args:
         chunk: where the numbers are.
         scratch: room to compute in.
         vectors: a bucket's vectors, by name.
+        into: where to copy the numbers to, of all the bucket's chunks; None for in place, or to
+            scratch that the chunks share.
 
     Attributes:
         x: the numbers, flat; a copy, or themselves.
@@ -111,13 +133,22 @@ class Gathered:
         vectors: the slices of the vectors that go with them.
     """
 
-    def __init__(self, chunk: Chunk, scratch: Scratch, vectors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        chunk: Chunk,
+        scratch: Scratch,
+        vectors: Mapping[str, Tensor],
+        into: Tensor | None = None,
+    ) -> None:
         self.x, self.spare = scratch.rows(chunk.stop - chunk.start)
         self.vectors = {name: flat[chunk.start : chunk.stop] for name, flat in vectors.items()}
         self._pieces = chunk.pieces
         self._views: list[Tensor] | None = None
         first = chunk.pieces[0]
-        if len(chunk.pieces) == 1 and first.is_contiguous() and first.dtype == self.x.dtype:
+        if into is not None:
+            self.x = into[chunk.start : chunk.stop]
+            self._views = chunk.views(self.x)
+        elif len(chunk.pieces) == 1 and first.is_contiguous() and first.dtype == self.x.dtype:
             self.x = first.view(-1)
         else:
             self._views = chunk.views(self.x)

@@ -1,0 +1,74 @@
+"""The library's groups of one state: over all ranks, between workers, and inside one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from commhooks.engine.network.communicator import Communicator, open_communicator
+from commhooks.engine.network.islands import Layout
+
+__all__ = ["Links"]
+
+
+class Links:
+    """Whom a rank talks to.
+
+    Args:
+        parent: all ranks that train together.
+        owner: whose the groups are.
+        layout: which of them make one worker.
+
+    Attributes:
+        layout: as given.
+        everyone: where all ranks meet: tickets and buffers.
+        peers: where parameters are averaged between workers.
+        island: where the ranks of one worker meet; None where every rank is a worker.
+    """
+
+    def __init__(self, parent: dist.ProcessGroup, owner: object, layout: Layout) -> None:
+        self.layout = layout
+        self.everyone = open_communicator(parent, owner)
+        self.peers = self.everyone
+        self.island: Communicator | None = None
+        if layout.size > 1:
+            self.peers = open_communicator(parent, owner, layout.peers)
+            self.island = open_communicator(parent, owner, layout.mine)
+
+    @property
+    def all(self) -> list[Communicator]:
+        """Every group once."""
+        return [each for each in dict.fromkeys((self.everyone, self.peers, self.island)) if each]
+
+    def busy(self) -> None:
+        """Something is in flight, so that the groups cannot be given to another state."""
+        for each in self.all:
+            each.idle = False
+
+    def idle(self) -> None:
+        """Nothing is in flight any more."""
+        for each in self.all:
+            each.idle = True
+
+    def close(self) -> None:
+        """End the groups; nothing may be in flight, on any rank."""
+        for each in self.all:
+            each.close()
+
+    def apart(self, digests: Sequence[int]) -> str | None:
+        """What is wrong where two ranks of an island have different digests.
+
+        Args:
+            digests: one a rank, in the order of :attr:`everyone`.
+        """
+        of = dict(zip(self.everyone.ranks, digests, strict=True))
+        found = [island for island in self.layout.islands if len({of[rank] for rank in island}) > 1]
+        if not found:
+            return None
+        named = " and ".join(f"ranks {list(island)}" for island in found)
+        return (
+            f"the parameters of {named} are no longer the same bit for bit, though they are one "
+            "worker. Let all ranks of an island make the same updates: no layer that draws its own "
+            "random weights, no parameter that is written to on one rank."
+        )
