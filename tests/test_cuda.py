@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import commhooks
-from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.network.islands import Layout
+from commhooks.engine.network.links import Links
 from commhooks.engine.network.ticket import Point
 from commhooks.engine.rounds.round import Round
 from commhooks.engine.vectors.buckets import build_buckets
@@ -100,10 +101,11 @@ def sleep_on_the_gpu() -> None:
 def host_seconds_around_a_round(folder: str) -> dict[str, float]:
     """Launched behind queued work and waited for with more queued since; neither may block."""
     start_nccl(folder)
-    communicator = Communicator(dist.group.WORLD, "commhooks")  # type: ignore[arg-type]
+    owner = object()
+    links = Links(dist.group.WORLD, owner, Layout(((0,),), 0))  # type: ignore[arg-type]
     # Alone it would not communicate.
     own = dist.new_group([0], backend="nccl")
-    communicator._own = weakref.ref(own)
+    links.everyone._own = weakref.ref(own)
     state = commhooks.OverlapLocalSGD(tau=1, beta=0.7)
     buckets = build_buckets([torch.ones(1000, device="cuda")], 2**20)
     for bucket in buckets:
@@ -113,8 +115,9 @@ def host_seconds_around_a_round(folder: str) -> dict[str, float]:
     def one_round() -> Round:
         return Round(
             Point("a round", 1, 1),
+            torch.device("cuda"),
             buckets,
-            communicator,
+            links,
             state,
             None,
             [torch.ones((), device="cuda")],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from commhooks.accelerate import foreign_files, rank_files
 from commhooks.errors import CheckpointError, RegistrationError, RoundError
@@ -90,10 +91,15 @@ class EveryRank:
         self._members.append(member)
 
     def _model_of(self, state: CommHookState) -> nn.Module:
-        ddp = state.model
-        if ddp is not None:
-            module: nn.Module = ddp.module
+        model = state.model
+        if isinstance(model, DistributedDataParallel):
+            module: nn.Module = model.module
             return module
+        if model is not None:
+            raise RegistrationError(
+                "commhooks.accelerate.checkpoint is for DDP models; save a model of fully_shard "
+                "with torch.distributed.checkpoint, and state.state_dict() on every rank."
+            )
         # Registered by the bare form, and its first forward is still to come.
         taken = [member.model for member in self._members]
         models: list[nn.Module] = self._accelerator._models

@@ -75,6 +75,9 @@ class Engine:
         cap_bytes: size of a bucket.
         check: says what keeps this rank from taking part in a round, if anything does.
         static_graph: whether the DDP model has that option.
+        local: gives this rank's shard of a parameter, for a model whose island shards it; None
+            where every rank has all of it.
+        reshard: makes the next forward see what is written to the shards.
     """
 
     def __init__(
@@ -88,10 +91,14 @@ class Engine:
         check: Callable[[], str | None] = lambda: None,
         *,
         static_graph: bool = False,
+        local: Callable[[Tensor], Tensor] | None = None,
+        reshard: Callable[[], None] = lambda: None,
     ) -> None:
         # A state holds its engine; a cycle would keep dropped states, and their groups, for long.
         self._rules_alive = weakref.ref(rules)
         self._check = check
+        self._reshard = reshard
+        self._sharded = local is not None
         self.layout = layout
         self.links = Links(parent, self, layout)
         rules.resolve(layout.m)
@@ -100,17 +107,17 @@ class Engine:
         self._meter = Meter()
         self._call = RollCall(type(rules).__name__, self.links, self._meter, lambda: steps.step)
         self._backwards = Backwards(parameters.values(), static_graph=static_graph)
-        dealt = partition(parameters, rules.fragments)
+        # By their whole sizes, so that all ranks deal them out alike.
+        dealt = [
+            [local(p) if local is not None else p for p in part.values()]
+            for part in partition(parameters, rules.fragments)
+        ]
+        # A sharded model is shared out already.
+        shares = (1, 0) if self._sharded else (layout.size, layout.place)
         self._fragments = [
             Fragment(
-                part.values(),
-                build_buckets(
-                    part.values(),
-                    cap_bytes,
-                    layout.size,
-                    layout.place,
-                    cuttable=rules.elementwise,
-                ),
+                part,
+                build_buckets(part, cap_bytes, *shares, cuttable=rules.elementwise),
                 Schedule(rules.tau, rules.delay, offset=-(-number * rules.tau // len(dealt))),
                 layout.m,
             )
@@ -121,7 +128,7 @@ class Engine:
         self._restart_schedules()
         self._averager: GradientAverager | None = None
         self._island_averager: GradientAverager | None = None
-        if self.links.island is not None and not rules.synchronous:
+        if self.links.island is not None and not self._sharded and not rules.synchronous:
             # Its seconds are not counted: an island is one worker.
             gradients = open_communicator(parent, self, layout.mine)
             self._island_averager = GradientAverager(self.links.island, gradients, Meter())
@@ -134,6 +141,7 @@ class Engine:
         self._shadowed = False
         self._finished_at = self._finish_cut_short_at = -1
         self._overwritten = False
+        self._gradients_averaged_for = -1
 
     # Steps.
 
@@ -228,6 +236,48 @@ class Engine:
                 self._call.note_failure(str(error))
             averager.give_up()
         return gradient
+
+    def before_update(
+        self, gradients: Sequence[tuple[Tensor, Tensor | None]], *, closure: bool
+    ) -> None:
+        """An optimizer is about to update a sharded model.
+
+        While gradients are averaged between the islands, they are now, once a step. (Inside an
+        island the model does so itself.)
+
+        Args:
+            gradients: every parameter's shard, and that of its gradient if it has one.
+            closure: whether the step computes the gradients itself.
+
+        Raises:
+            RegistrationError: inside ``averaged()``; or the gradients to average come too late.
+            RoundError: the ranks are not at the same point, or the communication failed.
+        """
+        self.refuse_inside_averaged("optimizer.step()")
+        self._call.raise_if_failed()
+        if not self.averages_gradients:
+            if not self._started:
+                self._start()
+            return
+        if self._gradients_averaged_for == self.steps.step:
+            return
+        if closure:
+            raise RegistrationError(
+                "optimizer.step(closure) computes the gradients of a sharded model after they "
+                "should have been averaged; compute them before it, or use warmup_steps=0."
+            )
+        averager = self._open_averager()
+        try:
+            averager.begin(self.device, self._call.point("the gradients of a backward"))
+            averager.end(self.device)
+            averager.average_now(gradients)
+        except RuntimeError as error:
+            self._call.fail(str(error))
+        self._gradients_averaged_for = self.steps.step
+
+    def after_update(self) -> None:
+        """All optimizers have updated a sharded model, or were skipped: a step ends."""
+        self._count_step(local=not self.averages_gradients)
 
     def shadow_step(self) -> None:
         """Take part in a step of ranks with more batches (torch's Join), ahead of DDP's part.
@@ -333,6 +383,7 @@ class Engine:
             # Before the first local step the parameters are the same on every rank, bit for bit.
             drifted = self._fragments if self._drifted else ()
             buckets = [bucket for fragment in drifted for bucket in fragment.buckets]
+            self._reshard()
             refusal = self._check()
             consensus = enter(what, buckets, buffers, refusal, self.links, self._call, self._meter)
             self._block, self._consensus = block, consensus
@@ -340,6 +391,7 @@ class Engine:
     def leave_consensus(self, block: object) -> None:
         """Put this rank's own model back, if the consensus is there for this very block."""
         if self._consensus is not None and self._block is block:
+            self._reshard()
             self._consensus.leave()
             self._consensus = None
 
@@ -603,6 +655,7 @@ class Engine:
                 type(self._rules).__name__,
             )
         number = self._meter.rounds_launched + 1
+        self._reshard()
         refusal = self._check()
         probes: list[Tensor] = []
         bits: int | Tensor = 0
@@ -636,6 +689,7 @@ class Engine:
         # Else nobody in the island is mixed, and the round ends in an error on every rank.
 
     def _mix(self, fragment: Fragment) -> None:
+        self._reshard()
         if not fragment.shared:
             fragment.sweep(self._rules, "mix")
             return
@@ -681,6 +735,7 @@ class Engine:
             # Of its own, since buckets of gradients and parameters differ in size, and two ranks
             # that are not at the same point must not make them meet.
             everyone = self.links.everyone
-            gradients = open_communicator(everyone.parent, self)
+            ranks = self.layout.peers if self._sharded else None
+            gradients = open_communicator(everyone.parent, self, ranks)
             self._averager = GradientAverager(everyone, gradients, self._meter)
         return self._averager

@@ -39,8 +39,18 @@ from commhooks.engine.steps.registration import (
     check_optimizers,
     check_scaler,
     parameter_facts,
+    refuse_unknown,
     require_process_group,
     synchronized_parameters,
+    trainable,
+)
+from commhooks.engine.steps.sharded import (
+    ShardCheck,
+    ShardedWatch,
+    as_sharded,
+    check_sharded,
+    local_shard,
+    meet,
 )
 from commhooks.engine.steps.uneven import ShadowRounds
 from commhooks.engine.vectors.buffers import Buffer, check_patterns, find_buffers
@@ -60,6 +70,7 @@ from commhooks.stats import Stats
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import GradBucket
+    from torch.distributed.fsdp import FSDPModule
 
 __all__ = ["CommHookState"]
 
@@ -117,7 +128,7 @@ class CommHookState(Rules, Joinable):
         """Be a state that is not registered."""
         self._engine: Engine | None = None
         self._loaded: Mapping[str, Any] | None = None
-        self._ddp: weakref.ref[DistributedDataParallel] | None = None
+        self._model: weakref.ref[nn.Module] | None = None
         self._optimizers: OptimizerWatch | None = None
         self._model_watch: ModelWatch | None = None
         self._announcements: RemovableHandle | None = None
@@ -164,9 +175,9 @@ class CommHookState(Rules, Joinable):
     # Registration.
 
     @property
-    def model(self) -> DistributedDataParallel | None:
-        """The DDP model that this state is registered on; None before, or if it is gone."""
-        return self._ddp() if self._ddp is not None else None
+    def model(self) -> nn.Module | None:
+        """The model that this state is registered on; None before, or if it is gone."""
+        return self._model() if self._model is not None else None
 
     def register(
         self,
@@ -175,14 +186,17 @@ class CommHookState(Rules, Joinable):
         scaler: torch.amp.GradScaler | None = None,
         **unknown: object,
     ) -> None:
-        """Register this state as ``model``'s communication hook. Collective.
+        """Register this state with a model; on DDP, as its communication hook. Collective.
 
         DDP's broadcast of buffers at every forward is switched off: it is a blocking collective
         a step. Buffers stay local while training; see :meth:`averaged` for the consensus model.
 
         Args:
             model: a ``DistributedDataParallel``, compiled or not, as built or as
-                ``accelerator.prepare`` returns it.
+                ``accelerator.prepare`` returns it. Or a module that
+                ``torch.distributed.fsdp.fully_shard`` was applied to, over a mesh of the ranks of
+                one island; ``process_group`` is then the group of the ranks that hold the same
+                shard in the other islands.
             *optimizers: all that update the model, as built or as ``accelerator.prepare`` returns
                 them. A boundary runs right after the last of them has stepped.
             scaler: the loop's GradScaler, if it uses one, so that a step it skips counts too.
@@ -200,15 +214,15 @@ class CommHookState(Rules, Joinable):
                 "state = commhooks.LocalSGD(tau=8); state.register(ddp_model, optimizer)."
             )
         require_process_group()
+        sharded = as_sharded(model)
+        if sharded is not None:
+            self._register_sharded(sharded, optimizers, scaler, unknown)
+            return
         ddp = unwrap_ddp(model)
         refusal: str | None = None
         unwrapped: list[Optimizer] = []
         try:
-            if unknown:
-                raise RegistrationError(
-                    f"register takes no argument named {', '.join(unknown)}; optimizers are given "
-                    "by position, state.register(ddp_model, optimizer), a GradScaler as scaler=."
-                )
+            refuse_unknown(unknown)
             ddp = self._check_model(ddp, type(model))
             parameters = synchronized_parameters(ddp)
             unwrapped = check_optimizers(optimizers, list(parameters.values()))
@@ -219,6 +233,62 @@ class CommHookState(Rules, Joinable):
         assert ddp is not None
         ddp.register_comm_hook(self, comm_hook)
         self._watch(ddp, unwrapped, scaler)
+
+    def _register_sharded(
+        self,
+        model: FSDPModule,
+        optimizers: Sequence[object],
+        scaler: torch.amp.GradScaler | None,
+        unknown: Mapping[str, object],
+    ) -> None:
+        assert isinstance(model, nn.Module)
+        parameters = trainable(model)
+        refusal: str | None = None
+        unwrapped: list[Optimizer] = []
+        mesh: dist.ProcessGroup | None = None
+        try:
+            mesh = check_sharded(parameters, self.process_group, elementwise=self.elementwise)
+            refuse_unknown(unknown)
+            self._refuse_registered()
+            if self.island is not None:
+                raise RegistrationError(
+                    "island is for DDP models; the ranks of a sharded model are its island."
+                )
+            self._fit_to(parameters)
+            check_patterns(model, self.average_buffers)
+            unwrapped = check_optimizers(optimizers, list(parameters.values()))
+            scaler = check_scaler(scaler, optimizers)
+            if scaler is not None and (self.warmup_steps or self.synchronous):
+                raise RegistrationError(
+                    "While gradients of a sharded model are averaged between the islands, a "
+                    "GradScaler may skip the step of one and not of another. Use bfloat16 "
+                    "(MixedPrecisionPolicy), which needs none, or warmup_steps=0."
+                )
+        except RegistrationError as error:
+            refusal = str(error)
+        facts = self._facts(parameters) | {"optimizers": len(optimizers)}
+        parent, layout = meet(mesh, self.process_group, facts, refusal)
+        check = ShardCheck(model, parameters)
+        self._start(
+            Engine(
+                self,
+                parent,
+                layout,
+                parameters,
+                self.warmup_steps,
+                self.bucket_cap_mb * 2**20,
+                check,
+                local=local_shard,
+                reshard=check.reshard,
+            )
+        )
+        assert self._engine is not None
+        self._model = weakref.ref(model)
+        self._optimizers = ShardedWatch(
+            self._engine, list(parameters.values()), unwrapped, scaler=scaler
+        )
+        self._engine.read_rates_from(self._optimizers.rates)
+        self._model_watch = ModelWatch(model, None, self._before_load)
 
     def before_first_forward(self, ddp: DistributedDataParallel) -> None:
         """The model that this state is the hook of is about to run (the bare form). Collective."""
@@ -234,18 +304,35 @@ class CommHookState(Rules, Joinable):
     def _check_model(
         self, ddp: DistributedDataParallel | None, given: type, *, bare: bool = False
     ) -> DistributedDataParallel:
+        self._refuse_registered()
+        ddp = check_model(ddp, given, hooked=bare)
+        check_group(self.process_group, ddp)
+        check_patterns(ddp.module, self.average_buffers)
+        self._fit_to(synchronized_parameters(ddp))
+        return ddp
+
+    def _refuse_registered(self) -> None:
         if self._closed is not None:
             raise RegistrationError("This state is closed; build a new one (copy.copy will do).")
         if self._engine is not None:
             raise RegistrationError(
-                "This state is registered already; build one state for every DDP model."
+                "This state is registered already; build one state for every model."
             )
-        ddp = check_model(ddp, given, hooked=bare)
-        check_group(self.process_group, ddp)
-        check_patterns(ddp, self.average_buffers)
-        for part in partition(synchronized_parameters(ddp), self.fragments):
+
+    def _fit_to(self, parameters: Mapping[str, Tensor]) -> None:
+        for part in partition(parameters, self.fragments):
             self.fit(part)
-        return ddp
+
+    def _facts(self, parameters: Mapping[str, Tensor]) -> dict[str, object]:
+        """What the ranks must have in common."""
+        return {
+            "algorithm": type(self).__name__,
+            **self.hyperparameters(),
+            "bucket_cap_mb": self.bucket_cap_mb,
+            "average_buffers": self.average_buffers,
+            "checkpoint to load": self._loaded is not None,
+            **parameter_facts(parameters),
+        }
 
     def _build(
         self, ddp: DistributedDataParallel | None, refusal: str | None, facts: dict[str, object]
@@ -253,15 +340,7 @@ class CommHookState(Rules, Joinable):
         """Agree with the other ranks, and take hold of the parameters. Collective."""
         group = self.process_group or (ddp.process_group if ddp else _world())
         parameters = synchronized_parameters(ddp) if ddp else {}
-        facts = {
-            "algorithm": type(self).__name__,
-            **self.hyperparameters(),
-            "bucket_cap_mb": self.bucket_cap_mb,
-            "average_buffers": self.average_buffers,
-            "checkpoint to load": self._loaded is not None,
-            **facts,
-            **parameter_facts(parameters),
-        }
+        facts = self._facts(parameters) | facts
         mine: tuple[int, ...] = ()
         try:
             mine = island_of(self.island, group)
@@ -270,16 +349,20 @@ class CommHookState(Rules, Joinable):
         facts["ranks in an island"] = len(mine)
         agree(group, facts, refusal)
         assert ddp is not None
-        engine = Engine(
-            self,
-            group,
-            settle_layout(group, mine),
-            parameters,
-            self.warmup_steps,
-            self.bucket_cap_mb * 2**20,
-            ParameterCheck(ddp, parameters.values()),
-            static_graph=ddp.static_graph,
+        self._start(
+            Engine(
+                self,
+                group,
+                settle_layout(group, mine),
+                parameters,
+                self.warmup_steps,
+                self.bucket_cap_mb * 2**20,
+                ParameterCheck(ddp, parameters.values()),
+                static_graph=ddp.static_graph,
+            )
         )
+
+    def _start(self, engine: Engine) -> None:
         self._load_together(engine)
         self._engine = engine
         no_longer(self)
@@ -292,7 +375,7 @@ class CommHookState(Rules, Joinable):
     ) -> None:
         assert self._engine is not None
         # A strong reference would close a cycle through DDP's reducer, which no collector sees.
-        self._ddp = weakref.ref(ddp)
+        self._model = weakref.ref(ddp)
         parameters = synchronized_parameters(ddp).values()
         self._optimizers = OptimizerWatch(self._engine, parameters, optimizers, scaler=scaler)
         self._engine.read_rates_from(self._optimizers.rates)
@@ -622,7 +705,12 @@ class CommHookState(Rules, Joinable):
 
     def _buffers(self) -> list[Buffer]:
         model = self.model
-        return find_buffers(model, self.average_buffers) if model is not None else []
+        if model is None:
+            return []
+        ignored = set()
+        if isinstance(model, DistributedDataParallel):
+            model, ignored = model.module, model.parameters_to_ignore
+        return find_buffers(model, ignored, self.average_buffers)
 
 
 def _world() -> dist.ProcessGroup:

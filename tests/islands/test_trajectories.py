@@ -71,7 +71,7 @@ def mixed_model(dtype: torch.dtype) -> nn.Module:
     model = InItsOwnDtype(nn.Linear(5, 6), nn.Linear(6, 1), nn.Linear(1, 3))
     initialise(model)
     model[1].double()
-    weight = model[0].weight
+    weight: Tensor = model[0].get_parameter("weight")
     weight.data = torch.empty(12, 5)[::2].copy_(weight.data)
     return model
 

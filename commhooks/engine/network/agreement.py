@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from commhooks.errors import RegistrationError
 
-__all__ = ["agree", "by_rank", "reasons", "tell"]
+__all__ = ["agree", "by_rank", "compare", "reasons", "tell"]
 
 T = TypeVar("T")
 
@@ -56,7 +56,16 @@ def agree(
     refusals = by_rank([why for why, _ in everyone], ranks)
     if refusals:
         raise RegistrationError(f"Registration was refused: {refusals}")
-    differences = _differences(ranks, [facts for _, facts in everyone])
+    compare(ranks, [facts for _, facts in everyone])
+
+
+def compare(ranks: Sequence[int], everyone: Sequence[Mapping[str, str]]) -> None:
+    """Check that the ranks say the same.
+
+    Raises:
+        RegistrationError: two differ; the differences are named.
+    """
+    differences = _differences(ranks, everyone)
     if differences:
         more = len(differences) - _SHOWN
         raise RegistrationError(

@@ -17,7 +17,7 @@ from torch.distributed import distributed_c10d
 from commhooks.engine.guards.process_exit import closed_at_exit, landing
 from commhooks.engine.network.agreement import tell
 
-__all__ = ["Communicator", "done", "open_communicator"]
+__all__ = ["Communicator", "done", "named_group", "open_communicator"]
 
 T = TypeVar("T")
 
@@ -92,7 +92,7 @@ class Communicator:
         self._backend = _backend(parent)
         self._own: weakref.ref[dist.ProcessGroup] | None = None
         if self.size > 1:
-            own = _named_group(self.ranks, self.rank, self._backend, _timeout(parent), name)
+            own = named_group(self.ranks, like=parent, name=name)
             self._own = weakref.ref(own)
             closed_at_exit.add(self)
 
@@ -171,18 +171,18 @@ _kept: weakref.WeakKeyDictionary[dist.ProcessGroup, list[Communicator]] = (
 )
 
 
-def _named_group(
-    ranks: list[int], rank: int, backend: str, timeout: timedelta | None, name: str
-) -> dist.ProcessGroup:
+def named_group(ranks: list[int], *, like: dist.ProcessGroup, name: str) -> dist.ProcessGroup:
     """As ``dist.new_group`` over ``ranks`` alone, under a name that they have agreed on.
 
     ``new_group(use_local_synchronization=True)`` names a group by how many groups the process
     belongs to. Where that differs between the ranks (a pipeline's embedding group, say), they look
     for one another under different names and wait until they time out.
     """
+    backend = _backend(like)
+    timeout = _timeout(like)
     group, _ = distributed_c10d._new_process_group_helper(
         len(ranks),
-        rank,
+        ranks.index(dist.get_rank()),
         ranks,
         backend,
         distributed_c10d._get_default_store(),

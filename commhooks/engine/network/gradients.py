@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,6 +68,28 @@ class GradientAverager:
         self._promises.append(promise)
         arrived.then(landing(promise.keep))
         return promise.future
+
+    def average_now(self, gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """Average gradients in place, and wait.
+
+        Args:
+            gradients: every parameter, and its gradient; one that a rank lacks adds zero.
+        """
+        if self.communicator.size == 1:
+            return
+        kinds: dict[torch.dtype, list[tuple[Tensor, Tensor | None]]] = {}
+        for parameter, gradient in gradients:
+            kinds.setdefault(parameter.dtype, []).append((parameter, gradient))
+        for pairs in kinds.values():
+            flat = torch.cat(
+                [(torch.zeros_like(p) if g is None else g.to(p.dtype)).flatten() for p, g in pairs]
+            ).mul_(1.0 / self.communicator.size)
+            self._meter.bytes_reduced += flat.numel() * flat.element_size()
+            self.communicator.all_reduce_gradients(flat).then(landing(self._arrived)).wait()
+            means = torch.split(flat, [parameter.numel() for parameter, _ in pairs])
+            for (_, gradient), mean in zip(pairs, means, strict=True):
+                if gradient is not None:
+                    gradient.copy_(mean.view(gradient.shape))
 
     def end(self, device: torch.device) -> None:
         """The last bucket has been given to :meth:`average`.

@@ -23,25 +23,27 @@ def unwrap_ddp(module: object) -> DistributedDataParallel | None:
 
 
 class ModelWatch:
-    """Calls back before every forward of a DDP model, and before ``load_state_dict`` on it.
+    """Calls back before every forward of a model, and before ``load_state_dict`` on it.
 
     Args:
         model: the model.
-        before_forward: called before a forward.
+        before_forward: called before a forward; None for no call.
         before_load: called before parameters are loaded; it may raise to forbid it.
     """
 
     def __init__(
         self,
-        model: DistributedDataParallel,
-        before_forward: Callable[[DistributedDataParallel], None],
+        model: nn.Module,
+        before_forward: Callable[[DistributedDataParallel], None] | None,
         before_load: Callable[[], None],
     ) -> None:
+        # Of the module within, since that one may be loaded, too.
+        module = model.module if isinstance(model, DistributedDataParallel) else model
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(_Hook(before_forward)),
-            # Of the module within, since that one may be loaded, too.
-            model.module.register_load_state_dict_pre_hook(_Hook(before_load)),
+            module.register_load_state_dict_pre_hook(_Hook(before_load))
         ]
+        if before_forward is not None:
+            self._handles.append(model.register_forward_pre_hook(_Hook(before_forward)))
 
     def close(self) -> None:
         """Call back no longer."""

@@ -13,7 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from commhooks.engine.steps.kept_weights import check_optimizer, check_weights
 
@@ -69,6 +72,8 @@ class OptimizerWatch:
         optimizers: all that update them; in the bare form none, and they are learnt as they step.
         scaler: the loop's GradScaler.
     """
+
+    looks_for_copies = True
 
     def __init__(
         self,
@@ -127,15 +132,26 @@ class OptimizerWatch:
         if not self._is_mine(optimizer):
             return
         seen = self._steps_seen[optimizer] = self._steps_seen.get(optimizer, 0) + 1
-        if seen <= _CHECKED_STEPS:
+        if self.looks_for_copies and seen <= _CHECKED_STEPS:
             check_weights(optimizer, owned(optimizer, self._parameters))
         if self._stepped_in != self._watched.step:
             # Steps made for an earlier backward do not count for this one.
             self._stepped_in = self._watched.step
             self._stepped.clear()
         self._stepped.add(id(optimizer))
-        if self._watched.boundary_due and self._all_stepped():
-            self._run()
+        if self._is_awaited() and self._all_stepped():
+            self.settled()
+
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """An optimizer is about to step."""
+
+    def _is_awaited(self) -> bool:
+        """Whether it matters that all optimizers have stepped."""
+        return self._watched.boundary_due
+
+    def settled(self) -> None:
+        """All optimizers have stepped."""
+        self._run()
 
     def _is_mine(self, optimizer: Optimizer) -> bool:
         if optimizer in self._known:
@@ -203,8 +219,15 @@ _watches: weakref.WeakSet[OptimizerWatch] = weakref.WeakSet()
 @functools.cache
 def _watch_all_optimizers() -> None:
     # Compiled, an optimizer's step would have the engine traced into its graph.
+    announce: Callable[..., None] = torch.compiler.disable(_announce)  # type: ignore[no-untyped-call]
     tell: Callable[..., None] = torch.compiler.disable(_tell)  # type: ignore[no-untyped-call]
+    register_optimizer_step_pre_hook(announce)
     register_optimizer_step_post_hook(tell)
+
+
+def _announce(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for watch in tuple(_watches):
+        watch.before_step(optimizer, args, kwargs)
 
 
 def _tell(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,10 @@ __all__ = [
     "check_optimizers",
     "check_scaler",
     "parameter_facts",
+    "refuse_unknown",
     "require_process_group",
     "synchronized_parameters",
+    "trainable",
 ]
 
 
@@ -143,16 +145,34 @@ def check_group(group: dist.ProcessGroup | None, ddp: DistributedDataParallel) -
         )
 
 
+def refuse_unknown(arguments: Mapping[str, object]) -> None:
+    """Refuse arguments of ``register`` that it does not have.
+
+    Raises:
+        RegistrationError: there are some.
+    """
+    if arguments:
+        raise RegistrationError(
+            f"register takes no argument named {', '.join(arguments)}; optimizers are given by "
+            "position, state.register(ddp_model, optimizer), a GradScaler as scaler=."
+        )
+
+
+def trainable(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that require gradients, by name, in the module's order."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
 def synchronized_parameters(ddp: DistributedDataParallel) -> dict[str, Tensor]:
     """The parameters whose gradients DDP averages, by name, in the module's order."""
     return {
         name: parameter
-        for name, parameter in ddp.module.named_parameters()
-        if parameter.requires_grad and name not in ddp.parameters_to_ignore
+        for name, parameter in trainable(ddp.module).items()
+        if name not in ddp.parameters_to_ignore
     }
 
 
-def parameter_facts(parameters: dict[str, Tensor]) -> dict[str, object]:
+def parameter_facts(parameters: Mapping[str, Tensor]) -> dict[str, object]:
     """What ranks must agree on of their parameters, by name.
 
     Position and strides are part of it, since they decide where a number lies in a flat vector.

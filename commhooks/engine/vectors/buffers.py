@@ -13,13 +13,12 @@ training. In the consensus model
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from commhooks.engine.vectors.chunks import real
 from commhooks.engine.vectors.devices import accumulation_dtype
@@ -64,19 +63,22 @@ class Buffer:
         return tuple(self.tensor.shape), str(self.tensor.dtype), self.saved, self.averaged
 
 
-def find_buffers(ddp: DistributedDataParallel, patterns: Sequence[str] = ()) -> list[Buffer]:
+def find_buffers(
+    model: nn.Module, ignored: Container[str] = (), patterns: Sequence[str] = ()
+) -> list[Buffer]:
     """The buffers that can be sent, by name, since ranks may have registered them in any order.
 
     Args:
-        ddp: the model; what it is told to ignore stays a rank's own.
+        model: the model.
+        ignored: names of those that stay a rank's own.
         patterns: names, or shell patterns of names, of further buffers to average.
     """
     found: dict[str, Buffer] = {}
     seen: set[int] = set()
-    for prefix, module in ddp.module.named_modules():
+    for prefix, module in model.named_modules():
         for key, tensor in module._buffers.items():
             name = f"{prefix}.{key}" if prefix else key
-            if tensor is None or id(tensor) in seen or name in ddp.parameters_to_ignore:
+            if tensor is None or id(tensor) in seen or name in ignored:
                 continue
             seen.add(id(tensor))
             if _can_be_sent(tensor):
@@ -85,13 +87,13 @@ def find_buffers(ddp: DistributedDataParallel, patterns: Sequence[str] = ()) -> 
     return [found[name] for name in sorted(found)]
 
 
-def check_patterns(ddp: DistributedDataParallel, patterns: Sequence[str]) -> None:
+def check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
     """Check that every pattern names buffers that can be averaged.
 
     Raises:
         RegistrationError: one names none, or one that is no number or cannot be sent.
     """
-    buffers = dict(ddp.module.named_buffers())
+    buffers = dict(model.named_buffers())
     for pattern in patterns:
         named = [name for name in buffers if fnmatchcase(name, pattern)]
         if not named:
