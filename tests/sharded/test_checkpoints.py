@@ -1,0 +1,109 @@
+"""A sharded run goes on from what was saved, and a checkpoint of its model has the consensus."""
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import SGD
+
+from tests.cases import Case
+from tests.diloco.family import deep_model
+from tests.harness import run_ranks
+from tests.sharded.training import TIDY, ShardedTrainer, whole
+
+CASES = [
+    Case(algorithm, arguments, warmup_steps, model=deep_model, island=2, steps=10)
+    for algorithm, arguments, warmup_steps in (
+        ("OverlapLocalSGD", {"tau": 3, "beta": 0.5}, 2),
+        ("CoCoDSGD", {"tau": 2}, 0),
+        (
+            "DiLoCo",
+            {
+                "tau": 4,
+                "fragments": 2,
+                "delay": 3,
+                "merge": "carry",
+                "outer": partial(SGD, lr=0.6, momentum=0.7),
+            },
+            0,
+        ),
+    )
+]
+
+
+def saved(trainer: ShardedTrainer) -> Mapping[str, Any]:
+    return copy.deepcopy(
+        {
+            "model": trainer.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+            "state": trainer.state.state_dict(),
+        }
+    )
+
+
+def go_on(trainer: ShardedTrainer, values: Mapping[str, Any], step: int) -> None:
+    trainer.steps = step
+    trainer.model.load_state_dict(values["model"])
+    for optimizer, state in zip(trainer.optimizers, values["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    trainer.state.load_state_dict(values["state"])
+
+
+def resumed(case: Case, every: int) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """A run, and what comes of the steps after each of its checkpoints."""
+    trainer = ShardedTrainer(case)
+    steps, checkpoints = [], {}
+    for step in range(1, case.steps + 1):
+        steps.append(trainer.step())
+        if step % every == 0:
+            checkpoints[step] = saved(trainer)
+    ends = []
+    for step, values in checkpoints.items():
+        other = ShardedTrainer(case)
+        go_on(other, values, step)
+        ends.append(
+            [steps[k] for k in range(step)] + [other.step() for _ in range(case.steps - step)]
+        )
+    return steps, ends
+
+
+def resumed_all() -> list[tuple[list[Tensor], list[list[Tensor]]]]:
+    return [resumed(case, every=1 if case.algorithm == "DiLoCo" else 3) for case in CASES]
+
+
+def test_resumes_bit_for_bit() -> None:
+    for rank in run_ranks(resumed_all, 4, tidy=TIDY):
+        for steps, ends in rank:
+            for end in ends:
+                assert all(torch.equal(a, b) for a, b in zip(end, steps, strict=True))
+
+
+def distributed_checkpoint(folder: str) -> tuple[Tensor, Tensor, Tensor]:
+    trainer = ShardedTrainer(CASES[0])
+    own = [trainer.step() for _ in range(7)][-1]
+    path = Path(folder) / f"island-{trainer.mesh['island'].get_local_rank()}"
+    group = trainer.mesh["shard"].get_group()
+    with trainer.state.averaged():
+        consensus = trainer.x
+        save(get_model_state_dict(trainer.model), checkpoint_id=path, process_group=group)
+    assert torch.equal(trainer.x, own)
+    other = ShardedTrainer(CASES[0])
+    values = get_model_state_dict(other.model)
+    load(values, checkpoint_id=path, process_group=group)
+    set_model_state_dict(other.model, values)
+    return own, consensus, whole(other.model)
+
+
+def test_a_distributed_checkpoint_holds_the_consensus(tmp_path: Path) -> None:
+    ranks = run_ranks(distributed_checkpoint, 4, str(tmp_path), tidy=TIDY)
+    mean = (ranks[0][0] + ranks[2][0]) / 2
+    for _, consensus, loaded in ranks:
+        torch.testing.assert_close(consensus, mean, rtol=0, atol=1e-6)
+        assert torch.equal(loaded, consensus)
