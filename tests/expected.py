@@ -13,7 +13,9 @@ from tests.reference import AllReduce, Workers
 def reference_workers(case: Case, size: int) -> Workers:
     """The workers that ``size`` ranks make, in this process, set up as the case says."""
     model, workers = case.model(case.dtype), size // case.island
-    return Workers(case.reference(), model, case.optimizers, workers, case.warmup_steps)
+    return Workers(
+        case.reference(), model, case.optimizers, workers, case.warmup_steps, case.compression
+    )
 
 
 def reference_trajectory(case: Case, size: int) -> list[list[Tensor]]:

@@ -19,6 +19,7 @@ import commhooks
 from commhooks.engine.network.islands import Layout
 from commhooks.engine.network.links import Links
 from commhooks.engine.network.ticket import Point
+from commhooks.engine.network.wires import PlainWire
 from commhooks.engine.rounds.round import Round
 from commhooks.engine.vectors.buckets import build_buckets
 from tests.cases import Case, two_cases
@@ -117,6 +118,7 @@ def host_seconds_around_a_round(folder: str) -> dict[str, float]:
             Point("a round", 1, 1),
             torch.device("cuda"),
             buckets,
+            [PlainWire(links.peers, bucket.length, bucket.dtype) for bucket in buckets],
             links,
             state,
             None,

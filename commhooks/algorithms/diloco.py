@@ -104,6 +104,8 @@ class DiLoCo(CommHookState):
         """The global model."""
         return "z"
 
+    contributes_differences = True
+
     @property
     def elementwise(self) -> bool:
         """Whether the outer optimizer is known to treat every number by itself."""

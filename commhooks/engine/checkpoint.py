@@ -93,6 +93,7 @@ def check_values(
     fragments: Sequence[Fragment],
     vectors: Sequence[str] | None,
     rules: Rules,
+    pieces: Sequence[Sequence[int]] | None,
 ) -> None:
     """Refuse a checkpoint that is damaged or of another model, before any of it is used.
 
@@ -101,6 +102,8 @@ def check_values(
         fragments: those of this run.
         vectors: names of the vectors that will be used; None if none will.
         rules: the algorithm.
+        pieces: sizes of the residuals E of compressed rounds, for every fragment; None if they will
+            not be used.
 
     Raises:
         CheckpointError: it is; what is wrong is named.
@@ -145,7 +148,35 @@ def check_values(
             _check_vectors(_mapping(part, "vectors"), vectors, fragment, where)
             # Of an empty share nothing is kept.
             keeper = rules if fragment.alike else Rules()
+            sizes = None if pieces is None else pieces[number]
+            _check_wires(part.get("wires"), rules, fragment, sizes, f"{where}.wires")
             keeper.check_kept(fragment.alike, part.get("kept"), launched=launched)
+
+
+def _check_wires(
+    saved: object,
+    rules: Rules,
+    fragment: Fragment,
+    pieces: Sequence[int] | None,
+    where: str,
+) -> None:
+    # A run of one worker sends nothing, and so compresses nothing.
+    if saved is None and (rules.compression is None or not pieces):
+        return
+    if not isinstance(saved, Mapping) or set(saved) != {"e", "E", "r"} or rules.compression is None:
+        _refuse(where, "what compressed rounds leave over", saved)
+    _check_tensors(saved["e"], fragment.alike, f"{where}.e")
+    _check_tensors(
+        saved["r"], [] if rules.contributes_differences else fragment.alike, f"{where}.r"
+    )
+    if pieces is not None:
+        dtypes = [bucket.dtype for bucket in fragment.buckets]
+        like = [
+            torch.empty(size, dtype=dtype, device="meta")
+            for size, dtype in zip(pieces, dtypes, strict=True)
+        ]
+        # Which depend on how the buckets are cut.
+        _check_tensors(saved["E"], like, f"{where}.E, with the bucket_cap_mb of the saved run,")
 
 
 def _check_rates(
@@ -203,16 +234,19 @@ def _check_vectors(
     if set(saved) != set(names):
         _refuse(f"{where}.vectors", f"the vectors {sorted(names)}", sorted(map(str, saved)))
     for name, parts in saved.items():
-        mine = [(part.dtype, part.shape) for part in fragment.alike]
-        here = f"{where}.vectors[{name!r}]"
-        if not isinstance(parts, Sequence) or len(parts) != len(mine):
-            _refuse(here, f"{len(mine)} tensors", parts)
-        for number, (part, (dtype, shape)) in enumerate(zip(parts, mine, strict=True)):
-            found = (part.dtype, part.shape) if isinstance(part, Tensor) else type(part).__name__
-            if found != (dtype, shape):
-                _refuse(f"{here}[{number}]", f"a tensor {dtype} {tuple(shape)}", found)
-            if not torch.isfinite(part).all():
-                _refuse(f"{here}[{number}]", "finite", "NaN or inf")
+        _check_tensors(parts, fragment.alike, f"{where}.vectors[{name!r}]")
+
+
+def _check_tensors(saved: object, alike: Sequence[Tensor], where: str) -> None:
+    if not isinstance(saved, Sequence) or len(saved) != len(alike):
+        _refuse(where, f"{len(alike)} tensors", saved)
+    for number, (part, like) in enumerate(zip(saved, alike, strict=True)):
+        mine = (like.dtype, like.shape)
+        found = (part.dtype, part.shape) if isinstance(part, Tensor) else type(part).__name__
+        if found != mine:
+            _refuse(f"{where}[{number}]", f"a tensor {like.dtype} {tuple(like.shape)}", found)
+        if not torch.isfinite(part).all():
+            _refuse(f"{where}[{number}]", "finite", "NaN or inf")
 
 
 def _mapping(saved: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,12 +19,14 @@ from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.guards.refused_backward import raise_after_backward
 from commhooks.engine.meter import Meter
 from commhooks.engine.network.agreement import by_rank, tell
+from commhooks.engine.network.codecs import CODECS
 from commhooks.engine.network.communicator import done, open_communicator
 from commhooks.engine.network.gradients import GradientAverager
 from commhooks.engine.network.islands import Layout
 from commhooks.engine.network.links import Links
 from commhooks.engine.network.roll_call import RollCall
 from commhooks.engine.network.ticket import Ticket
+from commhooks.engine.network.wires import CompressedWire, PlainWire, Wire, piece_numel
 from commhooks.engine.rounds.consensus import Consensus, enter
 from commhooks.engine.rounds.fragment import Fragment
 from commhooks.engine.rounds.round import Round
@@ -31,11 +34,11 @@ from commhooks.engine.rounds.schedule import Schedule
 from commhooks.engine.rounds.sharing import put_together
 from commhooks.engine.rules import Rules
 from commhooks.engine.steps.backward import Backwards
-from commhooks.engine.vectors.buckets import build_buckets
+from commhooks.engine.vectors.buckets import Bucket, as_integers, build_buckets
 from commhooks.engine.vectors.buffers import Buffer
 from commhooks.engine.vectors.devices import Moment
 from commhooks.engine.vectors.fragments import partition
-from commhooks.errors import RegistrationError
+from commhooks.errors import RegistrationError, RoundError
 from commhooks.stats import Stats
 
 if TYPE_CHECKING:
@@ -100,7 +103,9 @@ class Engine:
         self._reshard = reshard
         self._sharded = local is not None
         self.layout = layout
-        self.links = Links(parent, self, layout)
+        compressed = rules.compression is not None and layout.m > 1
+        self.links = Links(parent, self, layout, two_shots=compressed)
+        self._sending: deque[Round] = deque()
         rules.resolve(layout.m)
         steps = self.steps = Steps(step=0, origin=warmup_steps)
         self.disabled = False
@@ -119,7 +124,8 @@ class Engine:
                 part,
                 build_buckets(part, cap_bytes, *shares, cuttable=rules.elementwise),
                 Schedule(rules.tau, rules.delay, offset=-(-number * rules.tau // len(dealt))),
-                layout.m,
+                self._make_wire,
+                1 if compressed else layout.m,
             )
             for number, part in enumerate(dealt, start=1)
         ]
@@ -187,6 +193,7 @@ class Engine:
         Inside ``averaged()`` the backward ends in a RegistrationError and is no step; where the
         ranks are not at the same point, in a RoundError.
         """
+        self.pass_by()
         first, last = self._backwards.place(bucket)
         gradient = done(bucket.buffer())
         if self._consensus is not None:
@@ -211,11 +218,20 @@ class Engine:
             if not averaging and not self._started:
                 # Now, since what comes next may be an optimizer already in its step, whose closure
                 # this backward is part of.
-                self._start()
+                try:
+                    self._start_together()
+                except RoundError as error:
+                    raise_after_backward(error)
+                    return gradient
             if not self._shadowed:
                 self._count_step(local=not averaging)
             self._shadowed = False
         return gradient
+
+    def pass_by(self) -> None:
+        """The training thread passes; start what waits for it, the same order on every rank."""
+        while self._sending and self._sending[0].proceed():
+            self._sending.popleft()
 
     def _average(
         self, averager: GradientAverager, bucket: GradBucket, *, first: bool, last: bool
@@ -257,7 +273,7 @@ class Engine:
         self._call.raise_if_failed()
         if not self.averages_gradients:
             if not self._started:
-                self._start()
+                self._start_together()
             return
         if self._gradients_averaged_for == self.steps.step:
             return
@@ -314,7 +330,7 @@ class Engine:
             if not wait and fragment in launched and fragment.schedule.landing is not None:
                 return
             if not self._started:
-                self._start()
+                self._start_together()
             schedule = fragment.schedule
             # The earlier of the two, where a loop has missed several.
             landing, launching = (at == schedule.next for at in (schedule.landing, schedule.launch))
@@ -343,6 +359,9 @@ class Engine:
         if finished is None:
             return
         began = Moment(self.device)
+        while finished in self._sending:
+            self._sending[0].proceed(wait=True)
+            self._sending.popleft()
         cause = finished.wait()
         with uninterrupted():
             fragment.round = None
@@ -535,6 +554,7 @@ class Engine:
                     ),
                     "rates": fragment.rates if self._started else None,
                     "kept": fragment.dump_kept() if self._started else None,
+                    "wires": fragment.dump_wires() if self._started else None,
                 }
                 for fragment in self._fragments
             ],
@@ -548,7 +568,8 @@ class Engine:
         """
         goes_on = saved.get("started") is True and self._goes_on(saved)
         vectors = self._saved_vectors if goes_on else None
-        check_values(saved, self._fragments, vectors, self._rules)
+        pieces = self._piece_sizes if self.same_ranks(saved) else None
+        check_values(saved, self._fragments, vectors, self._rules, pieces)
 
     @_outside_inference_mode
     def load_state_dict(self, saved: Mapping[str, Any]) -> bool:
@@ -573,6 +594,8 @@ class Engine:
             for fragment, values in zip(self._fragments, saved["fragments"], strict=True):
                 fragment.allocate(self._rules.vectors)
                 fragment.load_kept(self._rules, values["kept"])
+                if values["wires"] is not None:
+                    fragment.load_wires(values["wires"], residuals=self.same_ranks(saved))
         self._started, self._overwritten = started, False
         self._drifted = saved["drifted"]
         self.disabled = saved["disabled"]
@@ -626,9 +649,48 @@ class Engine:
         assert rules is not None
         return rules
 
+    def _make_wire(self, bucket: Bucket) -> Wire:
+        rules, links = self._rules, self.links
+        if links.back is None or rules.compression is None:
+            return PlainWire(links.peers, bucket.length, bucket.dtype)
+        codec = CODECS[rules.compression]
+        like = bucket.vectors["wire"]
+        return CompressedWire(
+            links.peers, links.back, codec, like, differences=rules.contributes_differences
+        )
+
+    @property
+    def _piece_sizes(self) -> list[list[int]]:
+        """For every fragment, how long the residual of each bucket's owned piece is."""
+        if self.links.back is None:
+            return [[] for _ in self._fragments]
+        m = self.layout.m
+        return [[piece_numel(b.length, m) for b in each.buckets] for each in self._fragments]
+
     def _restart_schedules(self) -> None:
         for fragment in self._fragments:
             fragment.schedule.restart(self.steps.origin)
+
+    def _start_together(self) -> None:
+        """Start where nobody has made sure that all ranks have the same parameters.
+
+        Compressed rounds need a reference that all workers share, bit for bit. Collective then.
+
+        Raises:
+            RoundError: the ranks are not at the same point, or the communication failed.
+        """
+        self._start()
+        references = [r for fragment in self._fragments for r in fragment.references]
+        if not references:
+            return
+        self._call("the first local step")
+        bits = sum(int(as_integers(r).sum()) for r in references) % 2**48
+        try:
+            if len(set(self.links.peers.tell(bits))) > 1:
+                for future in [self.links.peers.broadcast(r) for r in references]:
+                    future.wait()
+        except RuntimeError as error:
+            self._call.fail(str(error))
 
     def _start(self) -> None:
         for fragment in self._fragments:
@@ -665,6 +727,7 @@ class Engine:
                 fragment.prepare(self._rules, self._rates)
                 names = ("mix", "contribute") if mix_first else ("contribute",)
                 probes = fragment.sweep(self._rules, *names)
+                probes += fragment.encode()
             except RegistrationError as error:
                 # A parameter is not what it was. The other ranks must be told.
                 refusal = str(error)
@@ -673,6 +736,7 @@ class Engine:
             self._call.point("a round", number),
             self.device,
             fragment.buckets,
+            fragment.wires,
             self.links,
             self._rules,
             fragment.kept,
@@ -680,10 +744,10 @@ class Engine:
             refusal,
             bits,
         )
+        self._sending.append(fragment.round)
         fragment.schedule.launched()
         self._meter.rounds_launched = number
-        if self.layout.m > 1:
-            self._meter.bytes_reduced += fragment.nbytes
+        self._meter.bytes_reduced += fragment.nbytes
         if mix_first and fragment.shared and self._all_in_island_can(refusal):
             self._put_together(fragment)
         # Else nobody in the island is mixed, and the round ends in an error on every rank.

@@ -77,6 +77,12 @@ class Rules:
     fragments: int | Sequence[Sequence[str]] = 1
     """How many parts of the model take turns, or the names of the parameters in each."""
 
+    compression: str | None = None
+    """What a round's numbers are rounded to, one of the codecs; None sends them as they are."""
+
+    contributes_differences: bool = False
+    """Whether ``contribute`` writes a difference to what all workers have, such as z - x."""
+
     @property
     def elementwise(self) -> bool:
         """Whether a parameter may be cut, so that the ranks of an island have a part each."""

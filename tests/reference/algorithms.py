@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tests.reference.vectors import mean
+from tests.reference.vectors import Mean, mean
 
 
 class Reference(Protocol):
@@ -33,6 +33,7 @@ class Periodic:
     """Whatever happens, happens after every tau local steps."""
 
     tau: int | None
+    mean: Mean = staticmethod(mean)
 
     def start(self, x: Sequence[Tensor], named: Mapping[str, Tensor]) -> None:
         pass
@@ -59,7 +60,8 @@ class LocalSGD(Periodic):
         self.tau: int | None = tau
 
     def boundary(self, x: Sequence[Tensor]) -> list[Tensor]:
-        return [mean(x) for _ in x]
+        average = self.mean(x)
+        return [average.clone() for _ in x]
 
 
 class OverlapLocalSGD(Periodic):
@@ -79,7 +81,7 @@ class OverlapLocalSGD(Periodic):
             self.v = self.beta * self.v + (self.launched - self.z)
             self.z = self.z + self.v
         pulled = [(1 - self.alpha) * xi + self.alpha * self.z for xi in x]
-        self.launched = mean(pulled)
+        self.launched = self.mean(pulled)
         return pulled
 
 
@@ -99,7 +101,7 @@ class EASGD(Periodic):
         m, alpha = len(x), self.alpha
         if self.launched is not None:
             self.z = self.launched
-        self.launched = torch.stack([alpha * xi + (1 / m - alpha) * self.z for xi in x]).sum(dim=0)
+        self.launched = self.mean([m * alpha * xi + (1 - m * alpha) * self.z for xi in x])
         return [xi - alpha * (xi - self.z) for xi in x]
 
 
@@ -117,7 +119,7 @@ class CoCoDSGD(Periodic):
         z = self.launched
         moved = [z + (xi - si) for xi, si in zip(x, self.s, strict=True)]
         self.s = [xi.clone() for xi in moved]
-        self.launched = mean(moved)
+        self.launched = self.mean(moved)
         return moved
 
 
@@ -144,7 +146,7 @@ class BMUF(Periodic):
         self.delta = torch.zeros_like(x[0])
 
     def boundary(self, x: Sequence[Tensor]) -> list[Tensor]:
-        g = mean(x) - self.reset_to
+        g = self.mean(x) - self.reset_to
         self.delta = self.eta * self.delta + self.zeta * g
         self.w = self.w + self.delta
         self.reset_to = self.w + self.eta * self.delta if self.nesterov else self.w.clone()

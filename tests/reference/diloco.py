@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from tests.reference.vectors import mean
+from tests.reference.vectors import Mean, mean
 
 Model = dict[str, Tensor]
 """One worker's parameters by name, each in its own shape."""
@@ -29,6 +29,9 @@ class DiLoCo:
     Nobody looks at z between a launch and its landing, so the outer step is made at once here.
     """
 
+    make_mean: Callable[[], Mean] = staticmethod(lambda: mean)
+    """Called once for every fragment."""
+
     def __init__(
         self,
         tau: int,
@@ -46,7 +49,7 @@ class DiLoCo:
         self.named = {name: p.detach() for name, p in named.items()}
         z = _split(x[0], self.named)
         self.parts = [
-            _Part({name: z[name].clone() for name in names}, self.outer)
+            _Part({name: z[name].clone() for name in names}, self.outer, self.make_mean())
             for names in deal(self.named, self.fragments)
         ]
 
@@ -77,7 +80,8 @@ class DiLoCo:
 class _Part:
     """A fragment: its z, the optimizer that steps it, and where the workers were at the launch."""
 
-    def __init__(self, z: Model, outer: Callable[[list[Tensor]], Optimizer]) -> None:
+    def __init__(self, z: Model, outer: Callable[[list[Tensor]], Optimizer], mean: Mean) -> None:
+        self.mean = mean
         self.z = {name: torch.nn.Parameter(value) for name, value in z.items()}
         self.optimizer = outer(list(self.z.values()))
         self.s: list[Model] = []
@@ -85,8 +89,15 @@ class _Part:
 
     def launch(self, workers: Sequence[Model]) -> None:
         self.s = [{name: worker[name].clone() for name in self.z} for worker in workers]
-        for name, z in self.z.items():
-            z.grad = mean([z.detach() - worker[name] for worker in workers])
+        average = self.mean(
+            [
+                torch.cat([(z.detach() - worker[name]).flatten() for name, z in self.z.items()])
+                for worker in workers
+            ]
+        )
+        parts = torch.split(average, [z.numel() for z in self.z.values()])
+        for z, part in zip(self.z.values(), parts, strict=True):
+            z.grad = part.view(z.shape).clone()
         self.optimizer.step()
 
 

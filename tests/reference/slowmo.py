@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from tests.reference.vectors import mean
+from tests.reference.vectors import Mean, mean
 
 
 class SlowMo:
@@ -14,6 +14,8 @@ class SlowMo:
     gamma is the inner learning rate of the step that has just been made. Where it is 0, nothing has
     been learnt in that step, and u is only shrunk.
     """
+
+    mean: Mean = staticmethod(mean)
 
     def __init__(self, tau: int, beta: float = 0.5, lr: float = 1.0) -> None:
         self.tau: int | None = tau
@@ -28,7 +30,7 @@ class SlowMo:
         if k % self.tau:
             return x
         gamma = gamma.to(self.z.real.dtype)
-        learnt = torch.where(gamma > 0, (self.z - mean(x)) / gamma, 0)
+        learnt = torch.where(gamma > 0, (self.z - self.mean(x)) / gamma, 0)
         self.u = self.beta * self.u + learnt
         self.z = self.z - self.lr * gamma * self.u
         return [self.z.clone() for _ in x]

@@ -1,6 +1,6 @@
 """Whole-model vectors: a model's parameters in one tensor, and the mean over workers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ def write(vector: Tensor, parameters: Iterable[Tensor]) -> None:
         part = vector[offset : offset + p.numel()].view_as(p)
         p.copy_(part.real if part.is_complex() and not p.is_complex() else part)
         offset += p.numel()
+
+
+Mean = Callable[[Sequence[Tensor]], Tensor]
+"""Takes one vector a worker."""
 
 
 def mean(vectors: Sequence[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tests.reference.algorithms import Reference
+from tests.reference.compression import Compressed
 from tests.reference.vectors import flat, mean, write
 
 
@@ -26,8 +27,10 @@ class Workers:
         optimizer: Callable[[nn.Module], Sequence[Optimizer]],
         size: int,
         warmup_steps: int = 0,
+        compression: str | None = None,
     ) -> None:
         self.algorithm, self.warmup_steps = algorithm, warmup_steps
+        self.compression = compression
         self.models = [copy.deepcopy(model) for _ in range(size)]
         self.optimizers = [optimizer(each) for each in self.models]
         self.steps = 0
@@ -119,6 +122,11 @@ class Workers:
         return consensus
 
     def _start(self) -> None:
+        if self.compression is not None:
+            kind, x = self.compression, self.x[0]
+            # Of those that average models, and of DiLoCo, which averages differences.
+            self.algorithm.mean = Compressed(kind, x.clone())  # type: ignore[attr-defined]
+            self.algorithm.make_mean = lambda: Compressed(kind, None)  # type: ignore[attr-defined]
         self.algorithm.start(self.x, _named(self.models[0]))
 
     def _assign(self, x: Sequence[Tensor]) -> None:

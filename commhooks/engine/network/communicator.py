@@ -136,6 +136,23 @@ class Communicator:
             work = dist.broadcast(tensor, group=group, group_src=source, async_op=True)
         return self._future(work, tensor)
 
+    def all_to_all(self, received: Tensor, sent: Tensor) -> torch.futures.Future[Any]:
+        """Start sending row i to rank i, and receiving row i from it."""
+        return self._start(dist.all_to_all_single, received, sent)
+
+    def all_gather(self, gathered: Tensor, mine: Tensor) -> torch.futures.Future[Any]:
+        """Start gathering every rank's vector, rank i's in row i."""
+        return self._start(dist.all_gather_into_tensor, gathered, mine)
+
+    def _start(
+        self, collective: Callable[..., dist.Work], received: Tensor, sent: Tensor
+    ) -> torch.futures.Future[Any]:
+        assert self._own is not None
+        with _unrecorded():
+            group = _alive(self._own)
+            work = collective(received.view(-1), sent.view(-1), group=group, async_op=True)
+        return self._future(work, received)
+
     def tell(self, mine: T) -> list[T]:
         """Every rank's value, in the order of the ranks. Blocks."""
         return [mine] if self._own is None else tell(_alive(self._own), mine)

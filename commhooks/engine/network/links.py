@@ -19,15 +19,20 @@ class Links:
         parent: all ranks that train together.
         owner: whose the groups are.
         layout: which of them make one worker.
+        two_shots: whether what is sent to the peers comes back in a second step.
 
     Attributes:
         layout: as given.
         everyone: where all ranks meet: tickets and buffers.
         peers: where parameters are averaged between workers.
+        back: the peers once more, for second steps, which the ranks may start in another order
+            than first ones of other rounds; None where there are none.
         island: where the ranks of one worker meet; None where every rank is a worker.
     """
 
-    def __init__(self, parent: dist.ProcessGroup, owner: object, layout: Layout) -> None:
+    def __init__(
+        self, parent: dist.ProcessGroup, owner: object, layout: Layout, *, two_shots: bool = False
+    ) -> None:
         self.layout = layout
         self.everyone = open_communicator(parent, owner)
         self.peers = self.everyone
@@ -35,11 +40,13 @@ class Links:
         if layout.size > 1:
             self.peers = open_communicator(parent, owner, layout.peers)
             self.island = open_communicator(parent, owner, layout.mine)
+        self.back = open_communicator(parent, owner, layout.peers) if two_shots else None
 
     @property
     def all(self) -> list[Communicator]:
         """Every group once."""
-        return [each for each in dict.fromkeys((self.everyone, self.peers, self.island)) if each]
+        each = (self.everyone, self.peers, self.back, self.island)
+        return [group for group in dict.fromkeys(each) if group is not None]
 
     def busy(self) -> None:
         """Something is in flight, so that the groups cannot be given to another state."""

@@ -16,7 +16,14 @@ from commhooks.engine.vectors.devices import HostCopy
 __all__ = ["Point", "Ticket", "Verdict", "total"]
 
 _CALLS = ("averaged()", "finish()", "disable()", "close()")
-_KINDS = ("the gradients of a backward", "a round", "a landing", "an error in its island", *_CALLS)
+_KINDS = (
+    "the gradients of a backward",
+    "a round",
+    "a landing",
+    "the first local step",
+    "an error in its island",
+    *_CALLS,
+)
 
 # What a number in fp64 holds exactly.
 _48_BITS = 2**48 - 1
@@ -104,6 +111,11 @@ class Ticket:
         reduced.value()
         self._copy = HostCopy(self._slots)
         return self._slots
+
+    @property
+    def done(self) -> bool:
+        """Whether it has come back from all ranks."""
+        return self._future.done()
 
     def wait(self) -> Verdict:
         """What the ranks say.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from commhooks.engine.network.ticket import total
+from commhooks.engine.network.wires import CompressedWire, Wire
 from commhooks.engine.rounds.round import Round
 from commhooks.engine.rounds.schedule import Schedule
 from commhooks.engine.rules import Kept, Part, Rules
@@ -37,7 +38,8 @@ class Fragment:
         parameters: those that go together.
         buckets: the same, in flat vectors.
         schedule: when rounds are launched and land.
-        workers: the number of workers m.
+        make_wire: how a bucket's vector becomes its mean.
+        divisor: by what the vectors are divided before they are sent.
     """
 
     def __init__(
@@ -45,7 +47,8 @@ class Fragment:
         parameters: Iterable[Tensor],
         buckets: Sequence[Bucket],
         schedule: Schedule,
-        workers: int,
+        make_wire: Callable[[Bucket], Wire],
+        divisor: int,
     ) -> None:
         parameters = list(parameters)
         self.shapes = [list(parameter.shape) for parameter in parameters]
@@ -56,7 +59,9 @@ class Fragment:
         self.squared_distance: HostCopy | None = None
         self.kept: Kept | None = None
         self.rates: list[float | None] | None = None
-        self._workers = workers
+        self.wires: list[Wire] = []
+        self._make_wire = make_wire
+        self._divisor = divisor
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -76,19 +81,22 @@ class Fragment:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of one flat vector as long as the fragment."""
-        return sum(bucket.nbytes for bucket in self.buckets)
+        """Bytes of what a round sends, see :class:`commhooks.engine.network.wires.Wire`."""
+        return sum(wire.nbytes for wire in self.wires)
 
     def allocate(self, vectors: Sequence[str]) -> None:
         """Make the vectors, unless they are there."""
         for bucket in self.buckets:
             if not bucket.vectors:
                 bucket.allocate(("wire", *vectors))
+        if not self.wires:
+            self.wires = [self._make_wire(bucket) for bucket in self.buckets]
 
     def start(self, rules: Rules) -> None:
         """Begin at the parameters as they are."""
         self.allocate(rules.vectors)
         self.sweep(rules, "start")
+        self._restart_wires()
         self.rates = None
         self._keep(rules)
 
@@ -113,6 +121,24 @@ class Fragment:
                 parts.append(Part(tensor, vectors, now, self.rates[at] if self.rates else None))
         return parts
 
+    def _restart_wires(self) -> None:
+        for bucket, wire in self._compressed:
+            wire.restart()
+            if wire.r is not None:
+                bucket.gather_share(wire.r)
+
+    def encode(self) -> list[Tensor]:
+        """Prepare what a round sends.
+
+        Returns:
+            Scalars that are NaN or inf if it has no meaning.
+        """
+        return [
+            probe
+            for bucket, wire in zip(self.buckets, self.wires, strict=True)
+            for probe in wire.encode(bucket.vectors["wire"])
+        ]
+
     def _keep(self, rules: Rules) -> None:
         # The share of an island's rank may be empty.
         parts = self.parts()
@@ -123,6 +149,45 @@ class Fragment:
         """What any vector's parts look like, without numbers."""
         flats = (torch.empty(b.length, dtype=b.dtype, device="meta") for b in self.buckets)
         return [p for b, flat in zip(self.buckets, flats, strict=True) for p in b.parts(flat)]
+
+    def dump_wires(self) -> dict[str, Any] | None:
+        """What the wires have left over and in common, as copies; None if there is nothing."""
+        wires = self._compressed
+        if not wires:
+            return None
+        return {
+            "e": [p for bucket, wire in wires for p in bucket.parts(wire.e.clone())],
+            "E": [wire.E.clone() for _, wire in wires],
+            "r": [
+                p
+                for bucket, wire in wires
+                if wire.r is not None
+                for p in bucket.parts(wire.r.clone())
+            ],
+        }
+
+    def load_wires(self, saved: Mapping[str, Any], *, residuals: bool) -> None:
+        """Go on from what :meth:`dump_wires` gave; without ``residuals`` with nothing left over."""
+        for name in ("e", "E", "r") if residuals else ("r",):
+            rest = list(saved[name])
+            for bucket, wire in self._compressed:
+                flat: Tensor | None = getattr(wire, name)
+                if flat is None:
+                    continue
+                views = [flat] if name == "E" else bucket.parts(flat)
+                for view, part in zip(views, rest[: len(views)], strict=True):
+                    view.copy_(part)
+                rest = rest[len(views) :]
+
+    @property
+    def _compressed(self) -> list[tuple[Bucket, CompressedWire]]:
+        pairs = zip(self.buckets, self.wires, strict=True) if self.wires else ()
+        return [(bucket, wire) for bucket, wire in pairs if isinstance(wire, CompressedWire)]
+
+    @property
+    def references(self) -> list[Tensor]:
+        """The wires' references, which must be the same on all workers."""
+        return [wire.r for _, wire in self._compressed if wire.r is not None]
 
     def dump_kept(self) -> dict[str, Any] | None:
         """What is kept, as tensors and plain values that later steps do not change."""
@@ -137,6 +202,7 @@ class Fragment:
     def release(self) -> None:
         """Let go of the vectors."""
         self.kept = None
+        self.wires = []
         for bucket in self.buckets:
             bucket.release()
 
@@ -161,7 +227,7 @@ class Fragment:
         # It may raise, and must not once a part of the model is mixed.
         self.refresh()
         applied = [getattr(rules, name) for name in names]
-        mixing, contributing = "mix" in names, "contribute" in names and self._workers > 1
+        mixing, contributing = "mix" in names, "contribute" in names and self._divisor > 1
         probes: list[Tensor] = []
         squares: list[Tensor] = []
         with torch.no_grad(), record_function(f"commhooks::{'+'.join(names)}"):
@@ -176,7 +242,7 @@ class Fragment:
                         rule(x=x, **vectors)
                     if contributing:
                         # Divided before the sum, which then overflows where the mean does.
-                        vectors["wire"].mul_(1.0 / self._workers)
+                        vectors["wire"].mul_(1.0 / self._divisor)
                     if mixing and not bucket.shared:
                         chunk.write_back()
             if mixing:

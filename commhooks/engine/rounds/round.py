@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,30 +10,40 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.guards.process_exit import landing
 from commhooks.engine.network.agreement import reasons
 from commhooks.engine.network.links import Links
 from commhooks.engine.network.ticket import Point, Ticket
+from commhooks.engine.network.wires import Wire
 from commhooks.engine.rules import Kept, Rules
 from commhooks.engine.vectors.buckets import Bucket
-from commhooks.engine.vectors.devices import Moment, catch_up_with_callbacks, keep_for_this_stream
+from commhooks.engine.vectors.devices import (
+    Moment,
+    catch_up_with_callbacks,
+    keep_for_this_stream,
+    side_stream,
+)
 
 __all__ = ["Round"]
 
+_REFUSED = "a rank cannot take part"
+
 
 class Round:
-    """The all-reduces of every bucket's ``wire``, and the rules' ``chain`` after each.
+    """What a fragment's wires send, and the rules' ``chain`` after each.
 
     Attributes:
-        launched, arrived: when the first all-reduce was started and the last chain had run.
+        launched, arrived: when the first collective was started and the last chain had run.
 
     Args:
         point: what the ranks must agree on; its number is the round's.
         device: where tickets are made out.
         buckets: the model, with the vectors filled by ``contribute``.
-        links: where the all-reduces and the ticket go.
-        rules: what is chained to them.
-        kept: what the rules' ``arrive`` is called with, after the last one; None for no call.
+        wires: one a bucket, which have encoded them.
+        links: where the ticket goes.
+        rules: what is chained.
+        kept: what the rules' ``arrive`` is called with, after the last chain; None for no call.
         probes: scalars that are NaN or inf if this rank's parameters are.
         refusal: why this rank cannot take part; it then sends its ticket alone.
         bits: a number that the ranks of an island have in common if their parameters are the same.
@@ -43,6 +54,7 @@ class Round:
         point: Point,
         device: torch.device,
         buckets: Sequence[Bucket],
+        wires: Sequence[Wire],
         links: Links,
         rules: Rules,
         kept: Kept | None,
@@ -53,9 +65,11 @@ class Round:
         self.number = point.number
         self._links = links
         self._rules = rules
+        self._kept = kept
         self._refusal = refusal
         self._failures: list[str] = []
         self._futures: list[torch.futures.Future[Tensor]] = []
+        self._second_shots: deque[tuple[Bucket, Wire, torch.futures.Future[Any]]] = deque()
         self._device = device
         self.launched = self.arrived = Moment(device)
         self._ticket: Ticket | None = None
@@ -69,35 +83,67 @@ class Round:
                     refused=refusal is not None,
                     digest=bits,
                 )
-                for bucket in buckets if refusal is None else ():
+                for bucket, wire in zip(buckets, wires, strict=True) if refusal is None else ():
                     # Of some buckets this rank may have no share, and neither have its peers.
                     if not bucket.length:
                         continue
-                    reduced = links.peers.all_reduce(bucket.vectors["wire"])
-                    self._futures.append(reduced.then(landing(self._chained_to(bucket))))
-                if kept is not None and self._futures:
-                    together = torch.futures.collect_all(self._futures)
-                    self._futures.append(together.then(landing(self._arrival_of(kept))))
+                    first = wire.launch(bucket.vectors["wire"])
+                    if wire.two_shots:
+                        self._second_shots.append((bucket, wire, first))
+                    else:
+                        self._chain(first, bucket)
+                if not self._second_shots:
+                    self._let_arrive()
         except RuntimeError as error:
             # Raised by `wait`, like every other failure, before anything is mixed.
             self._failures.append(str(error))
 
+    def proceed(self, *, wait: bool = False) -> bool:
+        """Start the second shots that can be started. On the training thread, round after round.
+
+        Args:
+            wait: whether to wait for the first ones.
+
+        Returns:
+            Whether all have been started, or never will be.
+        """
+        try:
+            while self._second_shots and not self._failures:
+                bucket, wire, first = self._second_shots[0]
+                if wait:
+                    if self._verdict() is not None:
+                        break
+                    first.wait()
+                elif not (first.done() and self._is_trusted()):
+                    return False
+                with uninterrupted(), side_stream(self._device):
+                    first.wait()
+                    self._chain(wire.send_back(bucket.vectors["wire"]), bucket)
+                    self._second_shots.popleft()
+                    if not self._second_shots:
+                        self._let_arrive()
+        except Exception as error:  # noqa: BLE001 - a backend may raise anything
+            self._failures.append(str(error))
+        return True
+
     @property
     def done(self) -> bool:
         """Whether the result, chained update included, has arrived (or the round has failed)."""
-        return all(future.done() for future in self._futures) and self.arrived.passed
+        ended = all(future.done() for future in self._futures) and self.arrived.passed
+        return ended and not self._second_shots
 
     def wait(self) -> str | None:
         """Wait for every bucket; the cause of the failure, if the round has failed."""
         with record_function("commhooks::wait"):
             try:
-                refusal = self._verdict()
+                refusal = self._explained(self._verdict())
             except Exception as error:  # noqa: BLE001 - a backend may raise anything
                 refusal = str(error)
             if refusal is not None:
                 # The payloads may never arrive, or may be paired with something else.
                 self._failures.insert(0, refusal)
                 return refusal
+            self.proceed(wait=True)
             for future in self._futures:
                 try:
                     future.wait()
@@ -107,12 +153,29 @@ class Round:
         return self._failures[0] if self._failures else None
 
     def _verdict(self) -> str | None:
+        """What the tickets say against the payload, once they have come."""
         if self._ticket is None:
             return None
         verdict = self._ticket.wait()
-        if verdict.problem is None and verdict.refused:
-            return reasons(self._links.everyone.parent, self._refusal)
-        return verdict.problem or self._links.apart(verdict.digests)
+        refused = _REFUSED if verdict.refused else None
+        return verdict.problem or refused or self._links.apart(verdict.digests)
+
+    def _explained(self, verdict: str | None) -> str | None:
+        """The same, with the reasons of those that refused. Collective if some did."""
+        return (
+            reasons(self._links.everyone.parent, self._refusal) if verdict == _REFUSED else verdict
+        )
+
+    def _is_trusted(self) -> bool:
+        return self._ticket is not None and self._ticket.done and self._verdict() is None
+
+    def _chain(self, mean: torch.futures.Future[Any], bucket: Bucket) -> None:
+        self._futures.append(mean.then(landing(self._chained_to(bucket))))
+
+    def _let_arrive(self) -> None:
+        if self._kept is not None and self._futures:
+            together = torch.futures.collect_all(self._futures)
+            self._futures.append(together.then(landing(self._arrival_of(self._kept))))
 
     def _arrival_of(self, kept: Kept) -> Callable[[torch.futures.Future[Any]], Tensor]:
         def arrive(together: torch.futures.Future[Any]) -> Tensor:

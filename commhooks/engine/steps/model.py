@@ -27,23 +27,22 @@ class ModelWatch:
 
     Args:
         model: the model.
-        before_forward: called before a forward; None for no call.
+        before_forward: called before a forward; with the model, if that is a DDP model.
         before_load: called before parameters are loaded; it may raise to forbid it.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        before_forward: Callable[[DistributedDataParallel], None] | None,
+        before_forward: Callable[..., None],
         before_load: Callable[[], None],
     ) -> None:
         # Of the module within, since that one may be loaded, too.
         module = model.module if isinstance(model, DistributedDataParallel) else model
         self._handles: list[RemovableHandle] = [
-            module.register_load_state_dict_pre_hook(_Hook(before_load))
+            module.register_load_state_dict_pre_hook(_Hook(before_load)),
+            model.register_forward_pre_hook(_Hook(before_forward)),
         ]
-        if before_forward is not None:
-            self._handles.append(model.register_forward_pre_hook(_Hook(before_forward)))
 
     def close(self) -> None:
         """Call back no longer."""

@@ -39,6 +39,9 @@ class Watched(Protocol):
     def boundary_due(self) -> bool:
         """Whether a boundary waits for the optimizers."""
 
+    def pass_by(self) -> None:
+        """The training thread passes."""
+
     def at_boundary(self) -> None:
         """Every optimizer has stepped, or been skipped, since the backward; a boundary is due."""
 
@@ -131,6 +134,7 @@ class OptimizerWatch:
         """
         if not self._is_mine(optimizer):
             return
+        self._watched.pass_by()
         seen = self._steps_seen[optimizer] = self._steps_seen.get(optimizer, 0) + 1
         if self.looks_for_copies and seen <= _CHECKED_STEPS:
             check_weights(optimizer, owned(optimizer, self._parameters))

@@ -12,7 +12,13 @@ from commhooks.engine.vectors.chunks import Chunk, Gathered, Scratch, cut, is_de
 from commhooks.engine.vectors.devices import accumulation_dtype, chunk_numel
 from commhooks.errors import RegistrationError
 
-__all__ = ["Bucket", "build_buckets"]
+__all__ = ["Bucket", "as_integers", "build_buckets"]
+
+
+def as_integers(numbers: Tensor) -> Tensor:
+    """The same memory, as integers."""
+    return numbers.view(_INTEGERS[numbers.element_size()])
+
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -105,6 +111,13 @@ class Bucket:
             gathered.gather()
             yield gathered
 
+    def gather_share(self, flat: Tensor) -> None:
+        """Copy the share into ``flat``, of length :attr:`length`."""
+        begin = 0
+        for chunk in self.gathered():
+            flat[begin : begin + len(chunk.x)].copy_(chunk.x)
+            begin += len(chunk.x)
+
     def gather(self, flat: Tensor) -> None:
         """Copy the tensors into ``flat``, of length :attr:`numel`."""
         self.refresh()
@@ -149,11 +162,7 @@ class Bucket:
 
     def bits(self) -> Tensor:
         """A number that is the same for tensors of the same bits, as an int64 scalar."""
-        sums = [
-            (numbers := real(tensor)).view(_INTEGERS[numbers.element_size()]).sum()
-            for tensor in self.tensors
-        ]
-        return torch.stack(sums).sum()
+        return torch.stack([as_integers(real(tensor)).sum() for tensor in self.tensors]).sum()
 
     def refresh(self) -> None:
         """Rebuild the views if somebody has moved a tensor (``tensor.data = ...``) since.

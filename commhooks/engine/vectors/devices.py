@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ __all__ = [
     "chunk_numel",
     "finiteness",
     "keep_for_this_stream",
+    "side_stream",
     "squared_norm",
 ]
 
@@ -124,6 +126,21 @@ def keep_for_this_stream(tensors: Iterable[Tensor]) -> None:
     for tensor in tensors:
         if tensor.device.type == "cuda":
             tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Let what waits inside the block wait on a stream of its own, and not the current one."""
+    if device.type != "cuda":
+        yield
+        return
+    if device not in _side_streams:
+        _side_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(_side_streams[device]):
+        yield
+
+
+_side_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def catch_up_with_callbacks(device: torch.device) -> None:
