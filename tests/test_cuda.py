@@ -118,7 +118,7 @@ def host_seconds_around_a_round(folder: str) -> dict[str, float]:
             Point("a round", 1, 1),
             torch.device("cuda"),
             buckets,
-            [PlainWire(links.peers, bucket.length, bucket.dtype) for bucket in buckets],
+            [PlainWire(links.peers, bucket.vectors["wire"]) for bucket in buckets],
             links,
             state,
             None,

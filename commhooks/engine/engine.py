@@ -652,11 +652,13 @@ class Engine:
     def _make_wire(self, bucket: Bucket) -> Wire:
         rules, links = self._rules, self.links
         if links.back is None or rules.compression is None:
-            return PlainWire(links.peers, bucket.length, bucket.dtype)
-        codec = CODECS[rules.compression]
-        like = bucket.vectors["wire"]
+            return PlainWire(links.peers, bucket.vectors["wire"])
         return CompressedWire(
-            links.peers, links.back, codec, like, differences=rules.contributes_differences
+            links.peers,
+            links.back,
+            CODECS[rules.compression],
+            bucket.vectors["wire"],
+            differences=rules.contributes_differences,
         )
 
     @property

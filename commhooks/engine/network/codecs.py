@@ -17,8 +17,7 @@ class Codec(Protocol):
     """Rounds blocks of numbers.
 
     ``d`` and ``t`` are of shape (blocks, 256), of the wire's format; ``scales`` of shape (blocks,
-    1), of the same; ``codes`` of shape (blocks, ``width``) and of bytes. All memory is the
-    caller's.
+    1), of the same; ``codes`` of shape (blocks, ``width``) and of bytes.
     """
 
     scaled: bool
@@ -96,16 +95,14 @@ class _Int4(_Integers):
     width = BLOCK // 2
 
     def pack(self, t: Tensor, codes: Tensor) -> None:
-        # From 1 to 15 each, as one number from 17 to 255.
-        first, second = t[:, : self.width], t[:, self.width :]
-        codes.copy_(second.mul_(16).add_(first).add_(8 * 17))
+        numbers = t.add_(8).to(torch.uint8)
+        first, second = numbers[:, : self.width], numbers[:, self.width :]
+        torch.bitwise_or(first, second << 4, out=codes)
 
     def unpack(self, t: Tensor, codes: Tensor) -> None:
-        first, second = t[:, : self.width], t[:, self.width :]
-        first.copy_(codes)
-        torch.div(first, 16, rounding_mode="floor", out=second)
-        first.sub_(second, alpha=16).sub_(8)
-        second.sub_(8)
+        t[:, : self.width].copy_(codes & 15)
+        t[:, self.width :].copy_(codes >> 4)
+        t.sub_(8)
 
 
 CODECS: dict[str, Codec] = {"bf16": _BFloat16(), "int8": _Int8(), "int4": _Int4()}

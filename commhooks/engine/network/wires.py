@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -29,17 +29,17 @@ class Wire(Protocol):
     two_shots: bool
     nbytes: int
 
-    def encode(self, vector: Tensor) -> list[Tensor]:
+    def encode(self) -> list[Tensor]:
         """Prepare what is sent.
 
         Returns:
             Scalars that are NaN or inf if what is sent has no meaning.
         """
 
-    def launch(self, vector: Tensor) -> torch.futures.Future[Any]:
+    def launch(self) -> torch.futures.Future[Any]:
         """Start sending; called on the training thread."""
 
-    def send_back(self, vector: Tensor) -> torch.futures.Future[Any]:
+    def send_back(self) -> torch.futures.Future[Any]:
         """Start the second shot; called on the training thread once the first one has ended."""
 
 
@@ -48,25 +48,25 @@ class PlainWire:
 
     Args:
         peers: the workers.
-        numel: length of the vector.
-        dtype: its format.
+        vector: what is averaged.
     """
 
     two_shots = False
 
-    def __init__(self, peers: Communicator, numel: int, dtype: torch.dtype) -> None:
+    def __init__(self, peers: Communicator, vector: Tensor) -> None:
         self._peers = peers
-        self.nbytes = numel * dtype.itemsize if peers.size > 1 else 0
+        self._vector = vector
+        self.nbytes = vector.numel() * vector.element_size() if peers.size > 1 else 0
 
-    def encode(self, vector: Tensor) -> list[Tensor]:
+    def encode(self) -> list[Tensor]:
         """The numbers are sent as they are."""
         return []
 
-    def launch(self, vector: Tensor) -> torch.futures.Future[Any]:
+    def launch(self) -> torch.futures.Future[Any]:
         """Sum the vectors, which the workers have divided by their number."""
-        return self._peers.all_reduce(vector)
+        return self._peers.all_reduce(self._vector)
 
-    def send_back(self, vector: Tensor) -> torch.futures.Future[Any]:
+    def send_back(self) -> torch.futures.Future[Any]:
         """There is no second shot."""
         raise NotImplementedError
 
@@ -79,7 +79,7 @@ def piece_numel(numel: int, m: int) -> int:
 class CompressedWire:
     """Differences in few bits, with error feedback, in two shots.
 
-    All workers share a reference r, the last mean. Worker i sends Q(d_i) of d_i = c_i - r + e_i,
+    All workers share a reference r, the last mean. Worker i sends Q(d_i) of d_i = c_i + e_i - r,
     piece by piece to the pieces' owners, and keeps e_i <- d_i - Q(d_i). An owner adds its own
     residual E to the mean of those, in the vector's format, and sends Q of the sum to all; so all
     workers hold the same bits of r <- r + Q. What is rounded off is sent later: nothing is lost
@@ -90,7 +90,7 @@ class CompressedWire:
         forth: the workers; the first shot goes there.
         back: the same; the second shot, whose start is up to each worker's training thread.
         codec: rounds to few bits.
-        like: a vector of the wire's length and format, on its device.
+        vector: what is averaged; c_i before a round, and the mean after it.
         differences: whether the workers contribute differences, for which r is zero.
 
     Attributes:
@@ -106,122 +106,135 @@ class CompressedWire:
         forth: Communicator,
         back: Communicator,
         codec: Codec,
-        like: Tensor,
+        vector: Tensor,
         *,
         differences: bool,
     ) -> None:
         self._forth, self._back, self._codec = forth, back, codec
-        m, numel, dtype, device = forth.size, like.numel(), like.dtype, like.device
-        self._piece = piece_numel(numel, m)
-        self._blocks = self._piece // BLOCK
-        self._dtype = dtype
-        row = self._blocks * (codec.width + (dtype.itemsize if codec.scaled else 0))
-        self.nbytes = m * row
+        m, dtype, device = forth.size, vector.dtype, vector.device
+        numel, piece = vector.numel(), piece_numel(vector.numel(), m)
+        blocks = piece // BLOCK
+        scales = blocks * dtype.itemsize if codec.scaled else 0
+        self.nbytes = m * (scales + blocks * codec.width)
         self._sent, self._received, self._gathered = (
-            torch.zeros(m, row, dtype=torch.uint8, device=device) for _ in range(3)
+            torch.zeros(m, self.nbytes // m, dtype=torch.uint8, device=device) for _ in range(3)
         )
-        self._mine = torch.zeros(row, dtype=torch.uint8, device=device)
-        self.e = torch.zeros(numel, dtype=dtype, device=device)
+        self._mine = torch.zeros(1, self.nbytes // m, dtype=torch.uint8, device=device)
+        self._sent_scales = self._sent[:, :scales].view(dtype)
+        # In whole blocks; what lies beyond the vector stays zero.
+        residuals = torch.zeros(m * piece, dtype=dtype, device=device)
+        self.e = residuals[:numel]
+        self.E = torch.zeros(piece, dtype=dtype, device=device)
         self.r = None if differences else torch.zeros_like(self.e)
-        self.E = torch.zeros(self._piece, dtype=dtype, device=device)
-        limit = chunk_numel(device)
-        self._chunk = self._blocks if limit is None else min(self._blocks, limit // BLOCK // 2)
+        limit = chunk_numel(device) or 2 * piece
+        step = max(1, min(blocks, limit // 2 // BLOCK))
         # Of the training thread, and of the backend's, which may work at the same time.
-        self._rooms = torch.zeros(2, 2, self._chunk * BLOCK, dtype=dtype, device=device)
+        rooms = torch.zeros(2, step * BLOCK, dtype=dtype, device=device)
+
+        def coded(rows: Tensor, row: int, first: int, last: int) -> _Coded:
+            return _Coded(rows[row], dtype, scales, codec, first, last)
+
+        self._chunks = []
+        self._owned = []
+        for first in range(0, blocks, step):
+            last = min(first + step, blocks)
+            begin, end = first * BLOCK, last * BLOCK
+            ours, theirs = rooms[:, : end - begin].view(2, -1, BLOCK)
+            received = [coded(self._received, row, first, last) for row in range(m)]
+            mine = coded(self._mine, 0, first, last)
+            self._owned.append((self.E[begin:end].view(-1, BLOCK), theirs, received, mine))
+            for owner in range(m):
+                start, stop = owner * piece + begin, min(owner * piece + end, numel)
+                if start < stop:
+                    self._chunks.append(
+                        _Chunk(
+                            vector[start:stop],
+                            None if self.r is None else self.r[start:stop],
+                            residuals[start : owner * piece + end].view(-1, BLOCK),
+                            ours,
+                            theirs,
+                            coded(self._sent, owner, first, last),
+                            coded(self._gathered, owner, first, last),
+                        )
+                    )
 
     def restart(self) -> None:
         """Begin anew with nothing left over; r is the caller's to set."""
         self.e.zero_()
         self.E.zero_()
 
-    def encode(self, vector: Tensor) -> list[Tensor]:
+    def encode(self) -> list[Tensor]:
         """Q(d) and e."""
-        probes = []
-        d_room, t_room = self._rooms[0]
         with torch.no_grad(), record_function("commhooks::encode"):
-            for owner, first, last in self._chunks():
-                begin, end = self._stretch(owner, first, last)
-                size = end - begin
-                d, t = (room[: (last - first) * BLOCK] for room in (d_room, t_room))
-                d[size:].zero_()
-                e = self.e[begin:end]
-                torch.add(vector[begin:end], e, out=d[:size])
-                if self.r is not None:
-                    d[:size].sub_(self.r[begin:end])
-                self._encode(d, t, self._sent[owner], first, last)
-                e.copy_(d[:size])
-                probes.append(finiteness(d))
-        return probes
+            for chunk in self._chunks:
+                d = chunk.e.view(-1)[: len(chunk.vector)].add_(chunk.vector)
+                if chunk.r is not None:
+                    d.sub_(chunk.r)
+                chunk.sent.write(chunk.e, chunk.ours)
+            return [finiteness(self._sent_scales if self._codec.scaled else self.e)]
 
-    def launch(self, vector: Tensor) -> torch.futures.Future[Any]:
+    def launch(self) -> torch.futures.Future[Any]:
         """Send each piece to its owner, who then sums what it got."""
         sent = self._forth.all_to_all(self._received, self._sent)
         return sent.then(landing(self._sum))
 
-    def send_back(self, vector: Tensor) -> torch.futures.Future[Any]:
+    def send_back(self) -> torch.futures.Future[Any]:
         """Send the piece that this worker owns to all, who then have the mean."""
         arrived = self._back.all_gather(self._gathered, self._mine)
-
-        def decode(gathered: torch.futures.Future[Any]) -> Tensor:
-            gathered.value()
-            self._decode_into(vector)
-            return vector
-
-        return arrived.then(landing(decode))
+        return arrived.then(landing(self._decode))
 
     def _sum(self, received: torch.futures.Future[Any]) -> Tensor:
         """Runs on the backend's thread when all pieces have come."""
         received.value()
-        d_room, t_room = self._rooms[1]
         with torch.no_grad(), record_function("commhooks::sum"):
-            for first in range(0, self._blocks, self._chunk):
-                last = min(first + self._chunk, self._blocks)
-                d, t = (room[: (last - first) * BLOCK] for room in (d_room, t_room))
-                residual = self.E[first * BLOCK : last * BLOCK]
-                d.copy_(residual)
-                for row in self._received:
-                    self._decode(t, row, first, last)
-                    d.add_(t, alpha=1.0 / self._forth.size)
-                self._encode(d, t, self._mine, first, last)
-                residual.copy_(d)
+            for residual, t, pieces, mine in self._owned:
+                for piece in pieces:
+                    piece.read(t)
+                    residual.add_(t, alpha=1.0 / self._forth.size)
+                mine.write(residual, t)
         return self._mine
 
-    def _decode_into(self, vector: Tensor) -> None:
-        _, t_room = self._rooms[1]
+    def _decode(self, gathered: torch.futures.Future[Any]) -> Tensor:
+        """Runs on the backend's thread when the means have come."""
+        gathered.value()
         with torch.no_grad(), record_function("commhooks::decode"):
-            for owner, first, last in self._chunks():
-                begin, end = self._stretch(owner, first, last)
-                t = t_room[: (last - first) * BLOCK]
-                self._decode(t, self._gathered[owner], first, last)
-                if self.r is None:
-                    vector[begin:end].copy_(t[: end - begin])
+            for chunk in self._chunks:
+                chunk.gathered.read(chunk.theirs)
+                q = chunk.theirs.view(-1)[: len(chunk.vector)]
+                if chunk.r is None:
+                    chunk.vector.copy_(q)
                 else:
-                    self.r[begin:end].add_(t[: end - begin])
-                    vector[begin:end].copy_(self.r[begin:end])
+                    chunk.vector.copy_(chunk.r.add_(q))
+        return self._gathered
 
-    def _chunks(self) -> Iterator[tuple[int, int, int]]:
-        """Owner, first block of its piece and last one, for every chunk with numbers in it."""
-        for owner in range(self._forth.size):
-            for first in range(0, self._blocks, self._chunk):
-                if owner * self._piece + first * BLOCK < self.e.numel():
-                    yield owner, first, min(first + self._chunk, self._blocks)
 
-    def _stretch(self, owner: int, first: int, last: int) -> tuple[int, int]:
-        begin = owner * self._piece + first * BLOCK
-        return begin, min(begin + (last - first) * BLOCK, self.e.numel())
+class _Coded:
+    """The scales and codes of some blocks, in a row of all of a piece's scales and codes."""
 
-    def _views(self, row: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """The scales and the codes of some blocks in a row."""
-        width, size = self._codec.width, self._dtype.itemsize if self._codec.scaled else 0
-        begin = self._blocks * size
-        scales = row[first * size : last * size].view(self._dtype).view(-1, 1)
-        codes = row[begin + first * width : begin + last * width].view(-1, width)
-        return scales, codes
+    def __init__(
+        self, row: Tensor, dtype: torch.dtype, scales: int, codec: Codec, first: int, last: int
+    ) -> None:
+        size = dtype.itemsize if codec.scaled else 0
+        self._codec = codec
+        self._scales = row[first * size : last * size].view(dtype).view(-1, 1)
+        begin, end = scales + first * codec.width, scales + last * codec.width
+        self._codes = row[begin:end].view(-1, codec.width)
 
-    def _encode(self, d: Tensor, t: Tensor, row: Tensor, first: int, last: int) -> None:
-        scales, codes = self._views(row, first, last)
-        self._codec.encode(d.view(-1, BLOCK), t.view(-1, BLOCK), scales, codes)
+    def write(self, d: Tensor, t: Tensor) -> None:
+        self._codec.encode(d, t, self._scales, self._codes)
 
-    def _decode(self, t: Tensor, row: Tensor, first: int, last: int) -> None:
-        scales, codes = self._views(row, first, last)
-        self._codec.decode(t.view(-1, BLOCK), scales, codes)
+    def read(self, t: Tensor) -> None:
+        self._codec.decode(t, self._scales, self._codes)
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A cache-sized stretch of the vector, what goes with it, and room to compute in."""
+
+    vector: Tensor
+    r: Tensor | None
+    e: Tensor
+    ours: Tensor
+    theirs: Tensor
+    sent: _Coded
+    gathered: _Coded

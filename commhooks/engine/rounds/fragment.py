@@ -133,11 +133,7 @@ class Fragment:
         Returns:
             Scalars that are NaN or inf if it has no meaning.
         """
-        return [
-            probe
-            for bucket, wire in zip(self.buckets, self.wires, strict=True)
-            for probe in wire.encode(bucket.vectors["wire"])
-        ]
+        return [probe for wire in self.wires for probe in wire.encode()]
 
     def _keep(self, rules: Rules) -> None:
         # The share of an island's rank may be empty.

@@ -87,7 +87,7 @@ class Round:
                     # Of some buckets this rank may have no share, and neither have its peers.
                     if not bucket.length:
                         continue
-                    first = wire.launch(bucket.vectors["wire"])
+                    first = wire.launch()
                     if wire.two_shots:
                         self._second_shots.append((bucket, wire, first))
                     else:
@@ -118,7 +118,7 @@ class Round:
                     return False
                 with uninterrupted(), side_stream(self._device):
                     first.wait()
-                    self._chain(wire.send_back(bucket.vectors["wire"]), bucket)
+                    self._chain(wire.send_back(), bucket)
                     self._second_shots.popleft()
                     if not self._second_shots:
                         self._let_arrive()
