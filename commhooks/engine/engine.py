@@ -98,7 +98,15 @@ class Engine:
         steps = self.steps = Steps(step=0, origin=warmup_steps)
         self.disabled = False
         self._meter = Meter()
-        self._call = RollCall(type(rules).__name__, self.links, self._meter, lambda: steps.step)
+        alive = weakref.ref(self)
+
+        def in_island() -> bool:
+            engine = alive()
+            return engine is not None and not engine.averages_gradients
+
+        self._call = RollCall(
+            type(rules).__name__, self.links, self._meter, lambda: steps.step, in_island
+        )
         self._backwards = Backwards(parameters.values(), static_graph=static_graph)
         dealt = partition(parameters, rules.fragments)
         self._fragments = [

@@ -47,12 +47,12 @@ class Verdict:
 
     Attributes:
         problem: what forbids to use the payload, if anything.
-        refused: whether some rank has a reason of its own, which it has to tell the others.
+        refused: the ranks that have a reason of their own, which they have to tell the others.
         digests: every rank's.
     """
 
     problem: str | None
-    refused: bool
+    refused: tuple[int, ...]
     digests: tuple[int, ...]
 
     @property
@@ -129,7 +129,8 @@ class Ticket:
         elif any(broken):
             ranks = [r for r, bad in zip(self._ranks, broken, strict=True) if bad]
             problem = f"the parameters of rank(s) {ranks} hold NaN or inf."
-        return Verdict(problem, any(refused), tuple(map(int, digests)))
+        refusing = tuple(r for r, refuses in zip(self._ranks, refused, strict=True) if refuses)
+        return Verdict(problem, refusing, tuple(map(int, digests)))
 
 
 def total(probes: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from commhooks.engine.guards.process_exit import landing
-from commhooks.engine.network.agreement import reasons
 from commhooks.engine.network.links import Links
 from commhooks.engine.network.ticket import Point, Ticket
 from commhooks.engine.rules import Kept, Rules
@@ -53,7 +53,6 @@ class Round:
         self.number = point.number
         self._links = links
         self._rules = rules
-        self._refusal = refusal
         self._failures: list[str] = []
         self._futures: list[torch.futures.Future[Tensor]] = []
         self._device = device
@@ -61,6 +60,10 @@ class Round:
         self._ticket: Ticket | None = None
         try:
             with record_function("commhooks::launch"):
+                if refusal is not None:
+                    # Before the ticket that says so, and not told when asked for: a rank of another
+                    # island may have to wait for one that never comes to this round's landing.
+                    links.everyone.post(f"round {self.number}", refusal)
                 self._ticket = Ticket(
                     links.everyone,
                     device,
@@ -111,7 +114,8 @@ class Round:
             return None
         verdict = self._ticket.wait()
         if verdict.problem is None and verdict.refused:
-            return reasons(self._links.everyone.parent, self._refusal)
+            read = partial(self._links.everyone.read, f"round {self.number}")
+            return "; ".join(f"rank {rank}: {read(rank)}" for rank in verdict.refused)
         return verdict.problem or self._links.apart(verdict.digests)
 
     def _arrival_of(self, kept: Kept) -> Callable[[torch.futures.Future[Any]], Tensor]:
