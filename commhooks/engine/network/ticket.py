@@ -74,7 +74,7 @@ class Ticket:
         probes: scalars that are NaN or inf if the rank's parameters are.
         refused: whether this rank has a reason not to take part.
         digest: a number that stands for what else ranks must have in common, as a scalar tensor
-            where the host need not know it; its last 48 bits are sent.
+            where the host need not know it; 48 bits made of it are sent.
     """
 
     def __init__(
@@ -92,7 +92,8 @@ class Ticket:
         # One column a rank and zeros in the others', so that the sum is everybody's row.
         self._slots = torch.zeros(len(mine), communicator.size, dtype=torch.float64, device=device)
         self._slots[:, communicator.rank] = torch.tensor(mine, dtype=torch.float64)
-        self._slots[3, communicator.rank] = digest & _48_BITS
+        # Folded: the exponent of a number in fp64 lies beyond the last 48 bits.
+        self._slots[3, communicator.rank] = (digest ^ (digest >> 16)) & _48_BITS
         if probes:
             finite = torch.isfinite(total(probes, device))
             self._slots[-1, communicator.rank] = (~finite).double()
