@@ -72,6 +72,7 @@ def mixed_model(dtype: torch.dtype) -> nn.Module:
     initialise(model)
     model[1].double()
     weight = model[0].weight
+    assert isinstance(weight, Tensor)
     weight.data = torch.empty(12, 5)[::2].copy_(weight.data)
     return model
 
