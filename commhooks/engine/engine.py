@@ -35,7 +35,7 @@ from commhooks.engine.vectors.buckets import build_buckets
 from commhooks.engine.vectors.buffers import Buffer
 from commhooks.engine.vectors.devices import Moment
 from commhooks.engine.vectors.fragments import partition
-from commhooks.errors import RegistrationError
+from commhooks.errors import CheckpointError, RegistrationError
 from commhooks.stats import Stats
 
 if TYPE_CHECKING:
@@ -500,11 +500,20 @@ class Engine:
         """Refuse what :meth:`load_state_dict` could not go on from.
 
         Raises:
-            CheckpointError: it is damaged, or of another model.
+            CheckpointError: it is damaged, of another model, or of another share of this one.
         """
         goes_on = saved.get("started") is True and self._goes_on(saved)
         vectors = self._saved_vectors if goes_on else None
         check_values(saved, self._fragments, vectors, self._rules)
+        place, size = self.layout.place, self.layout.size
+        other_place = saved["island_size"] == size and saved["place"] != place
+        if saved["started"] and self._rules.portable and other_place:
+            # Other ranks of the island would go on where this one starts anew.
+            raise CheckpointError(
+                f"The dictionary is of a rank at place {saved['place']} of an island of {size}, "
+                f"and this rank is at place {place}, with another share of the model. Load that of "
+                f"a saved rank at place {place}, such as rank {place}'s."
+            )
 
     @_outside_inference_mode
     def load_state_dict(self, saved: Mapping[str, Any]) -> bool:
