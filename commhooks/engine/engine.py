@@ -7,6 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from commhooks.engine.checkpoint import check_values, dump_vectors, load_vectors
 from commhooks.engine.guards.interrupts import uninterrupted
-from commhooks.engine.guards.refused_backward import raise_after_backward
+from commhooks.engine.guards.refused_backward import after_backward, raise_after_backward
 from commhooks.engine.meter import Meter
 from commhooks.engine.network.agreement import by_rank, tell
 from commhooks.engine.network.communicator import done, open_communicator
@@ -207,6 +208,8 @@ class Engine:
                 if last:
                     raise_after_backward(self._call.failure())
                 return gradient
+            if last:
+                after_backward(partial(self._check_gradients, averager))
         if last:
             if not averaging and not self._started:
                 # Now, since what comes next may be an optimizer already in its step, whose closure
@@ -230,12 +233,27 @@ class Engine:
             if last:
                 averager.end(self.device)
         except Exception as error:  # noqa: BLE001 - a backend may raise anything
-            if averager is self._island_averager:
-                self._call.note_failure_in_island(str(error))
-            else:
-                self._call.note_failure(str(error))
-            averager.give_up()
+            self._note_failure_of(averager, str(error))
         return gradient
+
+    def _check_gradients(self, averager: GradientAverager) -> None:
+        """Behind a backward, whose last gradients DDP has waited for.
+
+        Raises:
+            RoundError: they have not arrived.
+        """
+        try:
+            averager.check()
+        except RuntimeError as error:
+            self._note_failure_of(averager, str(error))
+            raise self._call.failure() from None
+
+    def _note_failure_of(self, averager: GradientAverager, cause: str) -> None:
+        if averager is self._island_averager:
+            self._call.note_failure_in_island(cause)
+        else:
+            self._call.note_failure(cause)
+        averager.give_up()
 
     def shadow_step(self) -> None:
         """Take part in a step of ranks with more batches (torch's Join), ahead of DDP's part.

@@ -4,8 +4,11 @@ A rank meets its island at every step, and the other islands only now and then: 
 call of its own must not wait for the others where they do not come.
 """
 
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +18,9 @@ import commhooks
 from tests.cases import Case, one_case
 from tests.disagreement.teams import Game, Survived, played
 from tests.disagreement.test_mismatched_calls import mismatched
-from tests.harness import Outcome
+from tests.harness import Outcome, RankDied, rank_outcomes
 from tests.optimizers.test_changes import partly_frozen, unfreeze
+from tests.signals import Signals
 from tests.training import Trainer
 from tests.workload import plain_sgd
 
@@ -156,3 +160,35 @@ def test_a_parameter_moved_between_launch_and_landing() -> None:
         assert_all_say(game, team, "")
         mine = 2 * (game.calls.index("turned") // 2)
         assert_all_say(game, team[mine : mine + 2], "changed its shape, strides")
+
+
+def left_by_a_mate(case: Case, signals: Signals) -> None:
+    """Rank 1 is killed in the middle of a run; the others end with what they get."""
+    trainer = Trainer(case)
+    for _ in range(3):
+        trainer.step()
+    if trainer.rank == 1:
+        for rank in (0, 2, 3):
+            signals.await_(f"rank {rank} is near")
+        os.kill(os.getpid(), signal.SIGKILL)
+    signals.give(f"rank {trainer.rank} is near")
+    for _ in range(4 * case.tau):
+        try:
+            trainer.step()
+        except commhooks.RoundError:
+            before = trainer.x
+            with pytest.raises(commhooks.RoundError), trainer.state.averaged():
+                pass
+            assert torch.equal(trainer.x, before)
+            raise
+    raise Survived
+
+
+@pytest.mark.parametrize("case", [BLOCKING, OVERLAPPED, STREAMING, WARM], ids=str)
+def test_a_dead_rank_ends_its_island_and_the_others(case: Case, tmp_path: Path) -> None:
+    outcomes = rank_outcomes(
+        left_by_a_mate, 4, case, Signals(tmp_path), timeout=15.0, group_timeout=600.0
+    )
+    assert isinstance(outcomes[1].error, RankDied), outcomes[1].describe()
+    for outcome in (outcomes[0], *outcomes[2:]):
+        assert isinstance(outcome.error, commhooks.RoundError), outcome.describe()
