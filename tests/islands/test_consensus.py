@@ -12,11 +12,17 @@ from torch import Tensor
 import commhooks
 from tests.cases import ALGORITHMS, Case, with_tau
 from tests.diloco.family import NESTEROV, deep_model
-from tests.expected import assert_close, assert_follows, reference_trajectory, reference_workers
+from tests.expected import (
+    assert_close,
+    assert_follows,
+    assert_ranks_follow,
+    reference_trajectory,
+    reference_workers,
+)
 from tests.harness import run_ranks
 from tests.reference import AllReduce
 from tests.test_consensus import Seen, averaged_at_every_step
-from tests.training import Trainer, wrapped
+from tests.training import Trainer, trajectories, wrapped
 
 
 def cases(warmup_steps: int = 2, steps: int = 12) -> list[Case]:
@@ -51,6 +57,11 @@ def test_averaged_shows_the_mean_and_disturbs_nothing() -> None:
                 assert_close(case, seen.inside, workers.consensus, f"consensus, {where}")
                 assert torch.equal(seen.inside, at_step[0].inside), f"{where}: not the same"
                 assert seen.put_back, where
+
+
+def test_the_bare_form_has_islands_too() -> None:
+    todo = [case for case in cases() if case.algorithm in ("LocalSGD", "OverlapLocalSGD", "DiLoCo")]
+    assert_ranks_follow(todo, run_ranks(trajectories, 4, todo, "hook"))
 
 
 def nested(todo: Sequence[Case]) -> list[list[bool]]:
