@@ -274,7 +274,11 @@ class EveryRank:
     def _checked(
         self, models: list[nn.Module], folder: Path
     ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """This rank's part of the checkpoint, or rank 0's on another number of ranks."""
+        """This rank's part of the checkpoint.
+
+        On another number of ranks rank 0's, but for the states, which are of a rank that was at the
+        same place of its island.
+        """
         sizes = rank_files.saved_sizes(folder)
         if not sizes:
             raise CheckpointError(
@@ -286,6 +290,10 @@ class EveryRank:
         path = folder / rank_files.rank_file(rank, size)
         saved = rank_files.read(path)
         others = rank_files.read(folder / rank_files.objects_file(rank, size), weights_only=False)
+        alike = rank if same_ranks else self._rank % size
+        if alike != rank:
+            of_alike = rank_files.read(folder / rank_files.rank_file(alike, size))
+            saved = {**saved, **{name: of_alike[name] for name in ("steps", "states")}}
         accelerator = self._accelerator
         _check_numbers(
             path.name,

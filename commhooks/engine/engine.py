@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from commhooks.engine.checkpoint import check_values, dump_vectors, load_vectors
 from commhooks.engine.guards.interrupts import uninterrupted
-from commhooks.engine.guards.refused_backward import raise_after_backward
+from commhooks.engine.guards.refused_backward import after_backward, raise_after_backward
 from commhooks.engine.meter import Meter
 from commhooks.engine.network.agreement import by_rank, tell
 from commhooks.engine.network.codecs import CODECS
@@ -38,7 +39,7 @@ from commhooks.engine.vectors.buckets import Bucket, as_integers, build_buckets
 from commhooks.engine.vectors.buffers import Buffer
 from commhooks.engine.vectors.devices import Moment
 from commhooks.engine.vectors.fragments import partition
-from commhooks.errors import RegistrationError, RoundError
+from commhooks.errors import CheckpointError, RegistrationError, RoundError
 from commhooks.stats import Stats
 
 if TYPE_CHECKING:
@@ -110,7 +111,15 @@ class Engine:
         steps = self.steps = Steps(step=0, origin=warmup_steps)
         self.disabled = False
         self._meter = Meter()
-        self._call = RollCall(type(rules).__name__, self.links, self._meter, lambda: steps.step)
+        alive = weakref.ref(self)
+
+        def in_island() -> bool:
+            engine = alive()
+            return engine is not None and not engine.averages_gradients
+
+        self._call = RollCall(
+            type(rules).__name__, self.links, self._meter, lambda: steps.step, in_island
+        )
         self._backwards = Backwards(parameters.values(), static_graph=static_graph)
         # By their whole sizes, so that all ranks deal them out alike.
         dealt = [
@@ -214,6 +223,8 @@ class Engine:
                 if last:
                     raise_after_backward(self._call.failure())
                 return gradient
+            if last:
+                after_backward(partial(self._check_gradients, averager))
         if last:
             if not averaging and not self._started:
                 # Now, since what comes next may be an optimizer already in its step, whose closure
@@ -246,11 +257,7 @@ class Engine:
             if last:
                 averager.end(self.device)
         except Exception as error:  # noqa: BLE001 - a backend may raise anything
-            if averager is self._island_averager:
-                self._call.note_failure_in_island(str(error))
-            else:
-                self._call.note_failure(str(error))
-            averager.give_up()
+            self._note_failure_of(averager, str(error))
         return gradient
 
     def before_update(
@@ -294,6 +301,25 @@ class Engine:
     def after_update(self) -> None:
         """All optimizers have updated a sharded model, or were skipped: a step ends."""
         self._count_step(local=not self.averages_gradients)
+
+    def _check_gradients(self, averager: GradientAverager) -> None:
+        """Behind a backward, whose last gradients DDP has waited for.
+
+        Raises:
+            RoundError: they have not arrived.
+        """
+        try:
+            averager.check()
+        except RuntimeError as error:
+            self._note_failure_of(averager, str(error))
+            raise self._call.failure() from None
+
+    def _note_failure_of(self, averager: GradientAverager, cause: str) -> None:
+        if averager is self._island_averager:
+            self._call.note_failure_in_island(cause)
+        else:
+            self._call.note_failure(cause)
+        averager.give_up()
 
     def shadow_step(self) -> None:
         """Take part in a step of ranks with more batches (torch's Join), ahead of DDP's part.
@@ -564,12 +590,21 @@ class Engine:
         """Refuse what :meth:`load_state_dict` could not go on from.
 
         Raises:
-            CheckpointError: it is damaged, or of another model.
+            CheckpointError: it is damaged, of another model, or of another share of this one.
         """
         goes_on = saved.get("started") is True and self._goes_on(saved)
         vectors = self._saved_vectors if goes_on else None
         pieces = self._piece_sizes if self.same_ranks(saved) else None
         check_values(saved, self._fragments, vectors, self._rules, pieces)
+        place, size = self.layout.place, self.layout.size
+        other_place = saved["island_size"] == size and saved["place"] != place
+        if saved["started"] and self._rules.portable and other_place:
+            # Other ranks of the island would go on where this one starts anew.
+            raise CheckpointError(
+                f"The dictionary is of a rank at place {saved['place']} of an island of {size}, "
+                f"and this rank is at place {place}, with another share of the model. Load that of "
+                f"a saved rank at place {place}, such as rank {place}'s."
+            )
 
     @_outside_inference_mode
     def load_state_dict(self, saved: Mapping[str, Any]) -> bool:

@@ -655,7 +655,9 @@ class CommHookState(Rules, Joinable):
 
         Before the parameters are known (before ``register``; in the bare form before the first
         forward), the values are kept until then. On another number of ranks than saved, load the
-        consensus model and any rank's dictionary on all of them; what had to be reset is logged.
+        consensus model on all of them, and any rank's dictionary; in islands of the same size, that
+        of any rank at the same place, such as ``rank % size_of_an_island``. What had to be reset is
+        logged.
 
         Raises:
             CheckpointError: another format, algorithm, hyper-parameter, rank or shape, or damaged.

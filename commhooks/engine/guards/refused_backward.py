@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch.autograd import Variable
 
-__all__ = ["raise_after_backward"]
+__all__ = ["after_backward", "raise_after_backward"]
 
 
 def raise_after_backward(error: Exception) -> None:
@@ -25,9 +25,18 @@ def raise_after_backward(error: Exception) -> None:
     def fail() -> NoReturn:
         raise error
 
+    after_backward(fail)
+
+
+def after_backward(check: Callable[[], None]) -> None:
+    """Call ``check``, which may raise, when DDP is through with the backward under way.
+
+    By then DDP has waited for all gradients. Outside a backward it is called at once.
+    """
     if torch._C._current_graph_task_id() == -1:
-        fail()
-    _queue(lambda: _queue(fail))
+        check()
+    else:
+        _queue(lambda: _queue(check))
 
 
 def _queue(callback: Callable[[], None]) -> None:

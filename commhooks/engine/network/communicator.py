@@ -157,6 +157,19 @@ class Communicator:
         """Every rank's value, in the order of the ranks. Blocks."""
         return [mine] if self._own is None else tell(_alive(self._own), mine)
 
+    def post(self, subject: str, text: str) -> None:
+        """Leave word for the other ranks, who read it once they know that it is there."""
+        distributed_c10d._get_default_store().set(self._posted(subject, dist.get_rank()), text)
+
+    def read(self, subject: str, rank: int) -> str:
+        """What the rank with this global number has posted."""
+        store = distributed_c10d._get_default_store()
+        text: str = store.get(self._posted(subject, rank)).decode()
+        return text
+
+    def _posted(self, subject: str, rank: int) -> str:
+        return f"{self.name}/{subject}/{rank}"
+
     def _future(self, work: dist.Work, tensor: Tensor) -> torch.futures.Future[Any]:
         future: torch.futures.Future[Any] = work.get_future()
         if tensor.device.type == "cuda" and self._stages_on_host:

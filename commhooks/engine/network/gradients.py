@@ -40,12 +40,18 @@ class GradientAverager:
         self._meter = meter
         self._ticket: Ticket | None = None
         self._promises: list[_Promise] = []
+        self._failures: list[str] = []
         self._first_launch: Moment | None = None
         self._backward_end: Moment | None = None
         self._last_arrival: Moment | None = None
 
     def begin(self, device: torch.device, point: Point) -> None:
-        """The first bucket of a backward is ready."""
+        """The first bucket of a backward is ready.
+
+        Raises:
+            RuntimeError: gradients of the last backward did not arrive.
+        """
+        self.check()
         self.settle()
         self._promises = []
         self._first_launch = Moment(device)
@@ -64,7 +70,7 @@ class GradientAverager:
         if gradient.is_cuda:
             # Only the backend's own future carries the stream that DDP has to wait for.
             return arrived
-        promise = _Promise(gradient)
+        promise = _Promise(gradient, self._failures)
         self._promises.append(promise)
         arrived.then(landing(promise.keep))
         return promise.future
@@ -97,11 +103,21 @@ class GradientAverager:
         Raises:
             RuntimeError: the ranks are not at the same point, or a rank is gone.
         """
+        self.check()
         assert self._ticket is not None
         problem = self._ticket.wait().problem
         if problem is not None:
             raise RuntimeError(problem)
         self._backward_end = Moment(device)
+
+    def check(self) -> None:
+        """Look whether what has arrived so far has arrived well.
+
+        Raises:
+            RuntimeError: it has not.
+        """
+        if self._failures:
+            raise RuntimeError(self._failures[0])
 
     def give_up(self) -> None:
         """Let DDP have the local gradients of a backward whose all-reduces may never end."""
@@ -127,20 +143,26 @@ class GradientAverager:
 
 
 class _Promise:
-    """A future for DDP that ends with the all-reduce, or when that is given up."""
+    """A future for DDP that ends with the all-reduce, or when that has failed or is given up.
 
-    def __init__(self, gradient: Tensor) -> None:
+    DDP cannot take an error for a tensor: its own message then hides the cause.
+
+    Args:
+        gradient: what is averaged.
+        failures: where to note what went wrong.
+    """
+
+    def __init__(self, gradient: Tensor, failures: list[str]) -> None:
         self.future: torch.futures.Future[Tensor] = torch.futures.Future()
         self._gradient = gradient
+        self._failures = failures
 
     def keep(self, reduced: torch.futures.Future[Tensor]) -> None:
         """Runs on the backend's thread."""
         try:
             reduced.value()
         except Exception as error:  # noqa: BLE001 - a backend may raise anything
-            if not self.future.done():
-                self.future.set_exception(error)  # type: ignore[arg-type] # torch says T
-            return
+            self._failures.append(str(error))
         self.break_()
 
     def break_(self) -> None:

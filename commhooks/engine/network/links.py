@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
 
@@ -73,9 +74,18 @@ class Links:
         found = [island for island in self.layout.islands if len({of[rank] for rank in island}) > 1]
         if not found:
             return None
-        named = " and ".join(f"ranks {list(island)}" for island in found)
+        named = " and ".join(_odd_ones_out({rank: of[rank] for rank in each}) for each in found)
         return (
             f"the parameters of {named} are no longer the same bit for bit, though they are one "
             "worker. Let all ranks of an island make the same updates: no layer that draws its own "
             "random weights, no parameter that is written to on one rank."
         )
+
+
+def _odd_ones_out(of: Mapping[int, int]) -> str:
+    """The ranks of one island, by name; those that differ from most first, if most agree."""
+    (most, count), *_ = Counter(of.values()).most_common()
+    if 2 * count <= len(of):
+        return f"ranks {list(of)}"
+    odd, rest = ([rank for rank in of if (of[rank] == most) == same] for same in (False, True))
+    return f"rank(s) {odd} and of the rest of their island, {rest},"

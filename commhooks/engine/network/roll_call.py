@@ -27,17 +27,26 @@ class RollCall:
         links: the ranks.
         meter: knows the number of the last round, and where seconds are counted.
         step: tells the number of steps so far.
+        in_island: tells whether the next step averages gradients in the island alone.
 
     Attributes:
         device: where tickets are made out.
     """
 
-    def __init__(self, algorithm: str, links: Links, meter: Meter, step: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        algorithm: str,
+        links: Links,
+        meter: Meter,
+        step: Callable[[], int],
+        in_island: Callable[[], bool],
+    ) -> None:
         self.device = torch.device("cpu")
         self._algorithm = algorithm
         self._links = links
         self._meter = meter
         self._step = step
+        self._in_island = in_island
         # What to raise, not the error itself: its traceback would keep the model alive.
         self._failure: tuple[Any, ...] | None = None
 
@@ -92,6 +101,10 @@ class RollCall:
             RoundError: always.
         """
         self.note_failure(cause, number)
+        if self._links.island is not None:
+            # A rank of it may be in a step that waits for this one, or get there first.
+            with suppress(RuntimeError):
+                Ticket(self._links.island, self.device, self.point("an error in its island"))
         raise self.failure()
 
     def __call__(
@@ -105,6 +118,9 @@ class RollCall:
 
         Nothing else may be in flight; where a rank refuses, all ranks can go on.
 
+        A rank that has not come is in the middle of a step, and waits there: for its island if that
+        averages gradients, else for all ranks. It is met where it waits.
+
         Returns:
             Whether all ranks have the same digest.
 
@@ -113,8 +129,7 @@ class RollCall:
                 to refuse, or the tickets did not get through.
         """
         began = Moment(self.device)
-        if self._links.island is not None:
-            # There first, where alone a rank may be in the middle of a step.
+        if self._links.island is not None and self._in_island():
             try:
                 problem = Ticket(self._links.island, self.device, self.point(what)).wait().problem
             except RuntimeError as error:

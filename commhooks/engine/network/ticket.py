@@ -54,12 +54,12 @@ class Verdict:
 
     Attributes:
         problem: what forbids to use the payload, if anything.
-        refused: whether some rank has a reason of its own, which it has to tell the others.
+        refused: the ranks that have a reason of their own, which they have to tell the others.
         digests: every rank's.
     """
 
     problem: str | None
-    refused: bool
+    refused: tuple[int, ...]
     digests: tuple[int, ...]
 
     @property
@@ -81,7 +81,7 @@ class Ticket:
         probes: scalars that are NaN or inf if the rank's parameters are.
         refused: whether this rank has a reason not to take part.
         digest: a number that stands for what else ranks must have in common, as a scalar tensor
-            where the host need not know it; its last 48 bits are sent.
+            where the host need not know it; 48 bits made of it are sent.
     """
 
     def __init__(
@@ -99,7 +99,8 @@ class Ticket:
         # One column a rank and zeros in the others', so that the sum is everybody's row.
         self._slots = torch.zeros(len(mine), communicator.size, dtype=torch.float64, device=device)
         self._slots[:, communicator.rank] = torch.tensor(mine, dtype=torch.float64)
-        self._slots[3, communicator.rank] = digest & _48_BITS
+        # Folded: the exponent of a number in fp64 lies beyond the last 48 bits.
+        self._slots[3, communicator.rank] = (digest ^ (digest >> 16)) & _48_BITS
         if probes:
             finite = torch.isfinite(total(probes, device))
             self._slots[-1, communicator.rank] = (~finite).double()
@@ -141,7 +142,8 @@ class Ticket:
         elif any(broken):
             ranks = [r for r, bad in zip(self._ranks, broken, strict=True) if bad]
             problem = f"the parameters of rank(s) {ranks} hold NaN or inf."
-        return Verdict(problem, any(refused), tuple(map(int, digests)))
+        refusing = tuple(r for r, refuses in zip(self._ranks, refused, strict=True) if refuses)
+        return Verdict(problem, refusing, tuple(map(int, digests)))
 
 
 def total(probes: Sequence[Tensor], device: torch.device) -> Tensor:

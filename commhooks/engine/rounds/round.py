@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch.profiler import record_function
 
 from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.guards.process_exit import landing
-from commhooks.engine.network.agreement import reasons
 from commhooks.engine.network.links import Links
 from commhooks.engine.network.ticket import Point, Ticket
 from commhooks.engine.network.wires import Wire
@@ -26,8 +26,6 @@ from commhooks.engine.vectors.devices import (
 )
 
 __all__ = ["Round"]
-
-_REFUSED = "a rank cannot take part"
 
 
 class Round:
@@ -66,7 +64,6 @@ class Round:
         self._links = links
         self._rules = rules
         self._kept = kept
-        self._refusal = refusal
         self._failures: list[str] = []
         self._futures: list[torch.futures.Future[Tensor]] = []
         self._second_shots: deque[tuple[Bucket, Wire, torch.futures.Future[Any]]] = deque()
@@ -75,6 +72,10 @@ class Round:
         self._ticket: Ticket | None = None
         try:
             with record_function("commhooks::launch"):
+                if refusal is not None:
+                    # Before the ticket that says so, and not told when asked for: a rank of another
+                    # island may have to wait for one that never comes to this round's landing.
+                    links.everyone.post(f"round {self.number}", refusal)
                 self._ticket = Ticket(
                     links.everyone,
                     device,
@@ -136,7 +137,7 @@ class Round:
         """Wait for every bucket; the cause of the failure, if the round has failed."""
         with record_function("commhooks::wait"):
             try:
-                refusal = self._explained(self._verdict())
+                refusal = self._verdict()
             except Exception as error:  # noqa: BLE001 - a backend may raise anything
                 refusal = str(error)
             if refusal is not None:
@@ -157,14 +158,10 @@ class Round:
         if self._ticket is None:
             return None
         verdict = self._ticket.wait()
-        refused = _REFUSED if verdict.refused else None
-        return verdict.problem or refused or self._links.apart(verdict.digests)
-
-    def _explained(self, verdict: str | None) -> str | None:
-        """The same, with the reasons of those that refused. Collective if some did."""
-        return (
-            reasons(self._links.everyone.parent, self._refusal) if verdict == _REFUSED else verdict
-        )
+        if verdict.problem is None and verdict.refused:
+            read = partial(self._links.everyone.read, f"round {self.number}")
+            return "; ".join(f"rank {rank}: {read(rank)}" for rank in verdict.refused)
+        return verdict.problem or self._links.apart(verdict.digests)
 
     def _is_trusted(self) -> bool:
         return self._ticket is not None and self._ticket.done and self._verdict() is None
