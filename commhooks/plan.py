@@ -38,6 +38,8 @@ _FIRST_BUCKET_BYTES = 2**20
 _BUCKET_BYTES = 25 * 2**20
 _UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
 _FORWARD = 1 / 3
+# A block of 256 numbers in fp32 is 1024 bytes; rounded to integers it has a scale of 4 bytes.
+_SENT = {None: 1.0, "bf16": 512 / 1024, "int8": 260 / 1024, "int4": 132 / 1024}
 
 
 @dataclass(frozen=True)
@@ -45,22 +47,32 @@ class Network:
     """Ranks that are joined by equal links.
 
     Attributes:
-        ranks: number of them, m.
-        bandwidth: of a link in each direction, in bit/s.
+        ranks: number of them.
+        bandwidth: of a machine's link in each direction, in bit/s.
         latency: of a message, in seconds.
+        island: how many ranks share a machine and its link, and make one worker.
     """
 
     ranks: int
     bandwidth: float
     latency: float = 0.0
+    island: int = 1
+
+    @property
+    def workers(self) -> int:
+        """Number of workers, m."""
+        return self.ranks // self.island
 
     def wire_bytes(self, payload: float) -> float:
-        """Bytes that an all-reduce of ``payload`` bytes puts on each link: 2 (m - 1) / m of it."""
-        return 2 * (self.ranks - 1) / self.ranks * payload * _HEADERS
+        """Bytes that an all-reduce of ``payload`` bytes puts on each link: 2 (m - 1) / m of it.
+
+        The ranks of an island send a share each, which together is as much.
+        """
+        return 2 * (self.workers - 1) / self.workers * payload * _HEADERS
 
     def all_reduce_seconds(self, payload: float) -> float:
         """Seconds of a ring all-reduce: 2 (m - 1) messages, one after the other."""
-        messages = 2 * (self.ranks - 1)
+        messages = 2 * (self.workers - 1)
         return messages * self.latency + 8 * self.wire_bytes(payload) / (_BUSY * self.bandwidth)
 
 
@@ -71,10 +83,28 @@ class Work:
     Attributes:
         payload: bytes of the parameters (and of the gradients), in the averaged format.
         step: seconds of a step that does not communicate.
+        compression: what rounds are rounded to; None for nothing.
     """
 
     payload: float
     step: float
+    compression: str | None = None
+
+    @property
+    def sent(self) -> float:
+        """Bytes that stand for the parameters in a round."""
+        return self.payload * _SENT[self.compression]
+
+    def kept(self, algorithm: Algorithm, network: Network) -> float:
+        """Bytes of memory that ``algorithm`` keeps on a rank besides the model."""
+        models: float = algorithm.models
+        if self.compression is not None and algorithm.kind != "step" and network.workers > 1:
+            # e and r, the residual of what a rank owns, and what is sent and received, encoded.
+            encoded = _SENT[self.compression] * (3 + 1 / network.workers)
+            models += 1 + (not algorithm.differences) + 1 / network.workers + encoded
+        if network.island == 1 or algorithm.kind == "step":
+            return models * self.payload
+        return (models / network.island + 1) * self.payload
 
 
 @dataclass(frozen=True)
@@ -85,6 +115,7 @@ class Algorithm:
         name: of the state, with the arguments that matter here.
         kind: "step" (gradients, at every step), "blocking" or "overlapped".
         models: extra memory, in units of the parameters.
+        differences: whether it averages differences, of which compression keeps no reference.
         fragments: parts of the model whose rounds take turns.
         delay: from the launch of an overlapped round to its landing, in units of tau.
     """
@@ -94,6 +125,7 @@ class Algorithm:
     models: int
     fragments: int = 1
     delay: float = 1.0
+    differences: bool = False
 
     def delay_steps(self, tau: int) -> int:
         """Steps from the launch of a round to its landing; a blocking one lands at once."""
@@ -112,10 +144,10 @@ def algorithms(fragments: int = 4) -> tuple[Algorithm, ...]:
         Algorithm("LocalSGD", "blocking", 1),
         Algorithm("BMUF", "blocking", 3),
         Algorithm("SlowMo", "blocking", 3),
-        Algorithm("DiLoCo", "blocking", 3),
-        Algorithm("DiLoCo, delay=tau", "overlapped", 3),
-        Algorithm("DiLoCo, delay=tau, merge=carry", "overlapped", 4),
-        Algorithm(streaming, "overlapped", 3, fragments, 1 / fragments),
+        Algorithm("DiLoCo", "blocking", 3, differences=True),
+        Algorithm("DiLoCo, delay=tau", "overlapped", 3, differences=True),
+        Algorithm("DiLoCo, delay=tau, merge=carry", "overlapped", 4, differences=True),
+        Algorithm(streaming, "overlapped", 3, fragments, 1 / fragments, differences=True),
         Algorithm("OverlapLocalSGD", "overlapped", 1),
         Algorithm("OverlapLocalSGD, beta > 0", "overlapped", 3),
         Algorithm("EASGD", "overlapped", 1),
@@ -164,7 +196,8 @@ def predict(algorithm: Algorithm, tau: int, work: Work, network: Network) -> Pre
         work: what is trained.
         network: what joins the ranks.
     """
-    fragments, part = algorithm.fragments, work.payload / algorithm.fragments
+    payload = work.payload if algorithm.kind == "step" else work.sent
+    fragments, part = algorithm.fragments, payload / algorithm.fragments
     if algorithm.kind == "step":
         tau = 1
         exposed = _exposed_under_backward(work, network)
@@ -182,21 +215,21 @@ def predict(algorithm: Algorithm, tau: int, work: Work, network: Network) -> Pre
         exposed=exposed,
         hiding=delay * work.step,
         round=part,
-        sent=network.wire_bytes(work.payload) / tau,
+        sent=network.wire_bytes(payload) / tau,
         # With more fragments than steps, several are launched after the same one.
         peak=math.ceil(fragments / tau) * network.wire_bytes(part),
-        memory=algorithm.models * work.payload,
+        memory=work.kept(algorithm, network),
     )
 
 
 def hiding_tau(work: Work, network: Network) -> int:
     """The smallest tau whose steps take as long as the all-reduce they are to hide."""
-    return max(1, math.ceil(network.all_reduce_seconds(work.payload) / work.step))
+    return max(1, math.ceil(network.all_reduce_seconds(work.sent) / work.step))
 
 
 def hiding_delay(work: Work, network: Network, fragments: int = 1) -> int:
     """The smallest delay, in steps, under which the round of one of ``fragments`` is hidden."""
-    return max(1, math.ceil(network.all_reduce_seconds(work.payload / fragments) / work.step))
+    return max(1, math.ceil(network.all_reduce_seconds(work.sent / fragments) / work.step))
 
 
 def parse_rate(text: str) -> float:
@@ -283,27 +316,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--bandwidth", type=_rate, required=True, help="of a link, such as 1gbit")
     parser.add_argument("--latency-ms", type=float, default=0.0, help="of a message, in ms")
-    parser.add_argument("--ranks", type=int, required=True, help="number of workers")
+    parser.add_argument("--ranks", type=int, required=True, help="number of ranks")
     parser.add_argument("--bytes-per-param", type=_positive, default=4.0, help="4 for fp32")
     parser.add_argument("--tau", type=int, nargs="+", help="default: around the one that hides all")
     parser.add_argument("--fragments", type=int, default=4, help="of DiLoCo's streaming form")
+    parser.add_argument(
+        "--island", type=int, default=1, help="ranks of a machine, which make one worker"
+    )
+    parser.add_argument(
+        "--compression", choices=[name for name in _SENT if name], help="what a round is rounded to"
+    )
     options = parser.parse_args(arguments)
     if options.ranks < 2 or options.latency_ms < 0 or min(options.tau or [1]) < 1:
         parser.error("there must be 2 ranks at least, tau 1 at least, and no latency below 0")
     if options.fragments < 1:
         parser.error("there must be 1 fragment at least")
-    network = Network(options.ranks, options.bandwidth, options.latency_ms / 1e3)
-    work = Work(options.params * options.bytes_per_param, options.step_ms / 1e3)
+    if options.island < 1 or options.ranks % options.island or options.ranks == options.island:
+        parser.error("--island must divide --ranks, into 2 islands at least")
+    network = Network(options.ranks, options.bandwidth, options.latency_ms / 1e3, options.island)
+    payload = options.params * options.bytes_per_param
+    work = Work(payload, options.step_ms / 1e3, options.compression)
     best = hiding_tau(work, network)
     taus = options.tau or sorted({max(1, best // 4), max(1, best // 2), best, 2 * best})
-    reduction = network.all_reduce_seconds(work.payload)
-    part = network.all_reduce_seconds(work.payload / options.fragments)
+    reduction = network.all_reduce_seconds(work.sent)
+    part = network.all_reduce_seconds(work.sent / options.fragments)
     delay = hiding_delay(work, network, options.fragments)
     sys.stdout.write(
         f"{_table(algorithms(options.fragments), work, network, taus)}\n\n"
         "step and exposed in ms. MB/step: on each link, on average; peak: what the rounds launched "
         "after one step send.\n"
-        f"An all-reduce of the parameters takes {reduction * 1e3:,.1f} ms. The smallest tau that "
+        f"A round of the whole model takes {reduction * 1e3:,.1f} ms. The smallest tau that "
         f"hides it under the steps is {best}.\n"
         f"One of a fragment ({options.fragments} in all) takes {part * 1e3:,.1f} ms, which a delay "
         f"of {delay} hides.\n"

@@ -8,6 +8,7 @@ a step, a boundary, memory, and draws the profile of two rounds. Takes about hal
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -44,14 +45,17 @@ class Bench:
         "2x200mbit",
         "2x1gbit",
         "2x50mbit",
+        "2x12.5mbit:tau16",
         "2xunshaped",
         "4x200mbit",
         "4x1gbit",
         "4x50mbit",
         "4xunshaped",
+        "2x2x200mbit",
         "2x200mbit:resnet18",
     )
-    """Networks, as RANKSxRATE, and :resnet18 for that load in place of the pretend accelerator."""
+    """Networks, as RANKSxRATE or MACHINESxRANKSxRATE; :resnet18 for that load in place of the
+    pretend accelerator, :tau16 for another tau."""
     tau: int = 8
     """Steps between two averagings."""
     step_ms: float = 300.0
@@ -103,7 +107,7 @@ class Measurer:
         folder.mkdir(parents=True)
 
     def measure(
-        self, ranks: int, rate: str, kind: str, fields: Mapping[str, Any]
+        self, ranks: int, rate: str, kind: str, fields: Mapping[str, Any], per_node: int = 1
     ) -> list[dict[str, Any]]:
         """The records of one task.
 
@@ -115,6 +119,7 @@ class Measurer:
         task = json.dumps({"kind": kind, "fields": fields})
         worker = [sys.executable, "-m", "benchmark.worker", task, str(partial.resolve())]
         link = [sys.executable, str(RECIPES / "link.py"), "--ranks", str(ranks), "--rate", rate]
+        link += ["--per-node", str(per_node)]
         search = os.pathsep.join(filter(None, [str(RECIPES), os.environ.get("PYTHONPATH")]))
         command = [*link, "--", *worker]
         _run(command, {**os.environ, "PYTHONPATH": search})
@@ -122,7 +127,7 @@ class Measurer:
         partial.unlink()
         with self._records.open("a") as lines:
             for record in records:
-                where = {"measurement": kind, "ranks": ranks, "rate": rate}
+                where = {"measurement": kind, "ranks": ranks, "rate": rate, "per_node": per_node}
                 lines.write(json.dumps({**where, **record}) + "\n")
         return records
 
@@ -132,15 +137,24 @@ class Measurer:
         return self._shaped
 
 
+_CELL = re.compile(r"(\d+)x(?:(\d+)x)?([a-z0-9.]+?)(?::(pretend|resnet18))?(?::tau(\d+))?")
+
+
 def parse_cells(texts: Sequence[str], *, shaped: bool) -> list[Cell]:
     """The cells; without a shaped network those that then are the same are one."""
     cells = []
     for text in texts:
-        network, _, load = text.partition(":")
-        ranks, times, rate = network.partition("x")
-        if not (times and ranks.isdigit() and rate and load in ("", "pretend", "resnet18")):
-            raise SystemExit(f"error: {text!r} is no cell; write 2x200mbit or 2x200mbit:resnet18")
-        cells.append(Cell(int(ranks), rate if shaped else "unshaped", load or "pretend"))
+        found = _CELL.fullmatch(text)
+        if found is None:
+            raise SystemExit(
+                f"error: {text!r} is no cell; write 2x200mbit, 2x2x200mbit, 2x200mbit:resnet18 or "
+                "2x200mbit:tau16"
+            )
+        nodes, each, rate, load, tau = found.groups()
+        per_node = int(each or 1)
+        rate = rate if shaped else "unshaped"
+        tau = int(tau) if tau else None
+        cells.append(Cell(int(nodes) * per_node, rate, load or "pretend", per_node, tau))
     return list(dict.fromkeys(cells))
 
 
@@ -155,15 +169,15 @@ def run_races(
             "load": cell.load,
             "step_seconds": scale.step_seconds,
             "size": scale.size,
-            "tau": bench.tau,
+            "tau": cell.tau or bench.tau,
             "repeats": bench.repeats,
             "windows": scale.windows,
             "counted": measurer.shaped,
             "only": bench.only,
         }
-        samples = measurer.measure(cell.ranks, cell.rate, "race", fields)
-        results[cell] = lines(samples, bench.tau)
-        console.print(race_table(cell, results[cell], bench.tau))
+        samples = measurer.measure(cell.ranks, cell.rate, "race", fields, cell.per_node)
+        results[cell] = lines(samples, cell.tau or bench.tau)
+        console.print(race_table(cell, results[cell], cell.tau or bench.tau))
     return results
 
 

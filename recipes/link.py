@@ -4,9 +4,10 @@
         accelerate launch --multi_gpu recipes/vision.py --algorithm overlap-local-sgd
 
 Every rank runs the command in a network namespace of its own, as if on a machine of its own; what
-it sends is held to the rate. `accelerate launch` and `torchrun` are told their place among the
-machines, as is a script that calls `init_process_group` itself; for anything else write {rank},
-{ranks}, {address}, {port} and {interface} where they belong.
+it sends is held to the rate. With --per-node several ranks share a machine and its link.
+`accelerate launch` and `torchrun` are told their place among the machines, as is a script that
+calls `init_process_group` itself; for anything else write {rank}, {ranks}, {address}, {port} and
+{interface} where they belong.
 
 Works as root, and as an ordinary user where the kernel allows user namespaces. Where neither works
 the command runs unshaped. Rank 0 writes to the terminal; the others are heard when they fail.
@@ -30,7 +31,7 @@ from typing import Annotated
 import tyro
 
 from network import sandbox
-from network.launchers import Place, command_of, environment_of
+from network.launchers import Place, command_of, environment_of, places
 from network.supervisor import Supervisor
 from network.switch import INTERFACE, build_switch, sent_bytes
 
@@ -46,11 +47,13 @@ class Link:
     """The network, and who is on it."""
 
     ranks: int = 2
-    """Machines on the network, each of one rank."""
+    """Ranks in all."""
+    per_node: int = 1
+    """Ranks of one machine, which share its link and reach one another without it."""
     rate: Annotated[str, tyro.conf.arg(metavar="RATE")] = "200mbit"
-    """What each rank can send, as tc writes it: 1gbit, 200mbit, 50mbit; or unshaped."""
+    """What each machine can send, as tc writes it: 1gbit, 200mbit, 50mbit; or unshaped."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """File to write the bytes to that each rank has sent."""
+    """File to write the bytes to that each machine has sent."""
     strict: tyro.conf.FlagCreatePairsOff[bool] = False
     """Fail where the network cannot be shaped, in place of running unshaped."""
 
@@ -62,13 +65,14 @@ class Link:
 
 def run_inside(link: Link, words: Sequence[str], lifeline: int) -> int:
     """Within the sandbox: build the network, run the ranks, count what they sent."""
-    ports = build_switch(link.ranks, link.shape)
+    ports = build_switch(link.ranks // link.per_node, link.shape)
     supervisor = Supervisor()
     try:
-        for rank, port in enumerate(ports):
-            place = Place(rank, link.ranks, ports[0].address, _PORT, INTERFACE)
+        first = Place(0, link.ranks, ports[0].address, _PORT, INTERFACE, link.per_node)
+        for place in places(first, words):
             environment = environment_of(place, os.environ)
-            supervisor.start(command_of(place, words), environment, port.namespace.entered())
+            inside = ports[place.node].namespace.entered()
+            supervisor.start(command_of(place, words), environment, inside)
         # Readable means closed, since nobody writes: whoever started this has ended.
         status = supervisor.wait(lambda: bool(select.select([lifeline], [], [], 0)[0]))
     finally:
@@ -84,7 +88,7 @@ def run_inside(link: Link, words: Sequence[str], lifeline: int) -> int:
 def run_sandboxed(link: Link, words: Sequence[str]) -> int:
     """Run this tool again inside a sandbox, and see it out."""
     reader, writer = os.pipe()
-    options = ["--ranks", str(link.ranks), "--rate", link.rate]
+    options = ["--ranks", str(link.ranks), "--rate", link.rate, "--per-node", str(link.per_node)]
     if link.json is not None:
         options += ["--json", str(link.json)]
     itself = [sys.executable, str(Path(__file__).resolve()), *options]
@@ -115,8 +119,7 @@ def run_unshaped(link: Link, words: Sequence[str]) -> int:
         port: int = free.getsockname()[1]
     supervisor = Supervisor()
     try:
-        for rank in range(link.ranks):
-            place = Place(rank, link.ranks, "127.0.0.1", port, "lo")
+        for place in places(Place(0, link.ranks, "127.0.0.1", port, "lo", link.per_node), words):
             environment = environment_of(place, os.environ)
             supervisor.start(command_of(place, words), environment, nullcontext())
         return supervisor.wait(lambda: False)
@@ -126,7 +129,7 @@ def run_unshaped(link: Link, words: Sequence[str]) -> int:
 
 def _report(link: Link, sent: list[int]) -> None:
     amounts = ", ".join(f"{count / 1e6:,.1f}" for count in sent)
-    sys.stderr.write(f"link: {link.rate}, {link.ranks} ranks; MB sent by each: {amounts}\n")
+    sys.stderr.write(f"link: {link.rate}, {link.ranks} ranks; MB sent by each machine: {amounts}\n")
     if link.json is not None:
         record = {"rate": link.rate, "ranks": link.ranks, "bytes_sent": sent}
         link.json.write_text(json.dumps(record) + "\n")
@@ -139,6 +142,9 @@ def main(arguments: Sequence[str]) -> int:
         split = own.index("--")
         own, words = own[:split], own[split + 1 :]
     link = tyro.cli(Link, description=__doc__, args=own)
+    if link.per_node < 1 or link.ranks % link.per_node:
+        sys.stderr.write(f"link: --per-node {link.per_node} does not divide --ranks {link.ranks}\n")
+        return 2
     if not words:
         sys.stderr.write("link: no command; write it behind --\n")
         return 2

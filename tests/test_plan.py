@@ -197,3 +197,26 @@ def test_the_command_line_takes_a_number_of_fragments(capsys: pytest.CaptureFixt
     assert algorithms(8)[7].delay_steps(16) == 2
     with pytest.raises(SystemExit):
         plan.main([*words.split()[:-1], "0"])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
+def test_islands_are_workers_that_share_out_the_model(algorithm: Algorithm) -> None:
+    flat, islands = Network(4, 200e6), Network(16, 200e6, island=4)
+    found, expected = (predict(algorithm, 8, WORK, each) for each in (islands, flat))
+    assert (found.step, found.sent) == (expected.step, expected.sent)
+    if algorithm.kind != "step":
+        # A quarter of the vectors, and a model to gather the shares in.
+        assert found.memory == pytest.approx(expected.memory / 4 + WORK.payload)
+
+
+@pytest.mark.parametrize(("compression", "most"), [("bf16", 0.51), ("int8", 0.27), ("int4", 0.14)])
+def test_compressed_rounds_send_less_and_keep_more(compression: str, most: float) -> None:
+    work = Work(WORK.payload, WORK.step, compression)
+    for algorithm in ALGORITHMS:
+        plain, found = (predict(algorithm, 8, each, SLOW) for each in (WORK, work))
+        if algorithm.kind == "step":
+            assert found == plain
+        else:
+            assert found.sent <= most * plain.sent
+            assert found.memory > plain.memory
+    assert hiding_tau(work, SLOW) <= hiding_tau(WORK, SLOW)

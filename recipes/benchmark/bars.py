@@ -7,7 +7,15 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from benchmark.contenders import ALONE, DELAYED, STREAMING, TORCHFT_DELAYED
+from benchmark.contenders import (
+    ALONE,
+    DELAYED,
+    INT4,
+    INT8,
+    ISLANDS,
+    STREAMING,
+    TORCHFT_DELAYED,
+)
 from benchmark.results import Cell, Line
 
 __all__ = ["Bar", "bars_table", "measured_bars"]
@@ -30,6 +38,7 @@ _VECTORS = {
     "DiLoCo, 4 fragments, plain SGD": 2,
 }
 _BUCKET_BYTES = 25 * 2**20
+_IN_FULL = "commhooks OverlapLocalSGD"
 
 
 @dataclass(frozen=True)
@@ -48,13 +57,25 @@ def measured_bars(
     """Those for which something was measured, on the pretend accelerator."""
     cells = {cell: {line.contender: line for line in found} for cell, found in results.items()}
     cells = {cell: found for cell, found in cells.items() if cell.load == "pretend"}
-    return [*_of_races(cells), *_of_diloco(cells), *_of_micro(micro)]
+    machines = {cell: found for cell, found in cells.items() if cell.per_node > 1}
+    ranks = {cell: found for cell, found in cells.items() if cell.per_node == 1}
+    return [
+        *_of_races(ranks),
+        *_of_diloco(ranks),
+        *_of_compression(ranks),
+        *_of_islands(machines),
+        *_of_micro(micro),
+    ]
 
 
 def _of_races(cells: Mapping[Cell, Mapping[str, Line]]) -> Iterator[Bar]:
     hidden, paced, faster, sent = [], [], [], []
     for cell, found in cells.items():
-        ours = [line for name, line in found.items() if name.startswith("commhooks")]
+        ours = [
+            line
+            for name, line in found.items()
+            if name.startswith("commhooks") and name not in (INT8, INT4)
+        ]
         overlapped = [line.multiple[0] for line in ours if line.kind == "overlapped"]
         if not overlapped or ALONE not in found:
             continue
@@ -120,6 +141,66 @@ def _of_diloco(cells: Mapping[Cell, Mapping[str, Line]]) -> Iterator[Bar]:
             "DiLoCo with 4 fragments, unshaped: the most sent during one step, x one fragment's",
             "at most 0.3",
             _range(peaks, 2),
+        )
+
+
+def _of_compression(cells: Mapping[Cell, Mapping[str, Line]]) -> Iterator[Bar]:
+    for name, ranks, rate, bar in (
+        (INT8, 2, "50mbit", 1.02),
+        (INT4, 4, "50mbit", 1.02),
+        (INT4, 2, "12.5mbit", 1.03),
+    ):
+        for cell, found in cells.items():
+            if (cell.ranks, cell.rate) == (ranks, rate) and name in found:
+                beside = found["DDP, PowerSGD"].multiple[0] if "DDP, PowerSGD" in found else None
+                tau = f", tau={cell.tau}" if cell.tau else ""
+                yield Bar(
+                    f"{name.rpartition(' ')[2]}, {ranks} ranks at {rate}{tau}: x no communication"
+                    + (f" (PowerSGD: {beside:.2f})" if beside else ""),
+                    f"at most {bar}",
+                    _range([found[name].multiple[0]], 3),
+                )
+    for name, bar in ((INT8, 0.27), (INT4, 0.14)):
+        shares = [
+            found[name].sent / full  # type: ignore[operator] # tested below
+            for cell, found in cells.items()
+            if name in found
+            and found[name].sent is not None
+            and cell.rate != "unshaped"
+            and (full := found[_IN_FULL].sent if _IN_FULL in found else None)
+        ]
+        if shares:
+            yield Bar(
+                f"{name.rpartition(' ')[2]}: bytes on the wire a round, x fp32's",
+                f"at most {bar}",
+                _range(shares, 3),
+            )
+
+
+def _of_islands(cells: Mapping[Cell, Mapping[str, Line]]) -> Iterator[Bar]:
+    multiples, sent = [], []
+    for cell, found in cells.items():
+        ours = [line for name, line in found.items() if name.startswith(ISLANDS)]
+        multiples += [line.multiple[0] for line in ours if line.kind == "overlapped"]
+        m = cell.ranks // cell.per_node
+        # The ranks of a machine together, each of which sends its share of the model.
+        ideal = 2 * (m - 1) / m
+        sent += [
+            line.sent / (ideal * line.parameters)
+            for line in ours
+            if line.sent is not None and cell.rate != "unshaped" and "int" not in line.contender
+        ]
+    if multiples:
+        yield Bar(
+            "overlapped with islands: x no communication between machines",
+            "at most 1.02",
+            _range(multiples, 3),
+        )
+    if sent:
+        yield Bar(
+            "bytes over a machine's link a round: x 2 (m - 1) / m x the parameters",
+            "at most 1.06",
+            _range(sent, 3),
         )
 
 

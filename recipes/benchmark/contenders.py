@@ -1,5 +1,6 @@
 """Who is measured: ways to train a DDP model over a slow network, all set up by the same call."""
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ __all__ = [
     "ALONE",
     "BASELINE",
     "DELAYED",
+    "INT4",
+    "INT8",
+    "ISLANDS",
     "STREAMING",
     "TORCHFT_DELAYED",
     "Attached",
@@ -40,6 +44,10 @@ ALONE = "an all-reduce alone, every tau"
 DELAYED = "commhooks DiLoCo, delay=tau"
 STREAMING = "commhooks DiLoCo, 4 fragments"
 TORCHFT_DELAYED = "torchft DiLoCo, delayed"
+FLAT = "commhooks OverlapLocalSGD, every rank a worker"
+ISLANDS = "commhooks islands,"
+INT8 = "commhooks OverlapLocalSGD, int8"
+INT4 = "commhooks OverlapLocalSGD, int4"
 _FRAGMENTS = 4
 Kind = Literal["none", "step", "blocking", "overlapped"]
 
@@ -82,7 +90,37 @@ class Contender:
 
 
 def contenders() -> list[Contender]:
-    """All of them, no communication first."""
+    """All of them, no communication first; of machines of several ranks, those that know them."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _of_islands(per_node) if per_node > 1 else _of_ranks()
+
+
+def _of_islands(size: int) -> list[Contender]:
+    return [
+        # Between machines, that is to say.
+        Contender(BASELINE, "none", _inside_machines),
+        Contender("DDP", "step", lambda *_: Attached()),
+        Contender("torch post_localSGD, averager", "blocking", _post_local_sgd),
+        Contender(FLAT, "overlapped", _ours(commhooks.OverlapLocalSGD)),
+        Contender(
+            f"{ISLANDS} OverlapLocalSGD",
+            "overlapped",
+            _ours(lambda tau: commhooks.OverlapLocalSGD(tau, island=size)),
+        ),
+        Contender(
+            f"{ISLANDS} DiLoCo",
+            "overlapped",
+            _ours(lambda tau: commhooks.DiLoCo(tau, delay=tau, alpha=0.5, island=size)),
+        ),
+        Contender(
+            f"{ISLANDS} OverlapLocalSGD, int8",
+            "overlapped",
+            _ours(lambda tau: commhooks.OverlapLocalSGD(tau, island=size, compression="int8")),
+        ),
+    ]
+
+
+def _of_ranks() -> list[Contender]:
     found = [
         Contender(BASELINE, "none", _identity),
         Contender("DDP", "step", lambda *_: Attached()),
@@ -108,6 +146,16 @@ def contenders() -> list[Contender]:
             "commhooks OverlapLocalSGD, beta=0.7",
             "overlapped",
             _ours(lambda tau: commhooks.OverlapLocalSGD(tau, beta=0.7)),
+        ),
+        Contender(
+            INT8,
+            "overlapped",
+            _ours(lambda tau: commhooks.OverlapLocalSGD(tau, compression="int8")),
+        ),
+        Contender(
+            INT4,
+            "overlapped",
+            _ours(lambda tau: commhooks.OverlapLocalSGD(tau, compression="int4")),
         ),
         Contender("commhooks EASGD", "overlapped", _ours(commhooks.EASGD)),
         Contender("commhooks CoCoDSGD", "overlapped", _ours(commhooks.CoCoDSGD)),
@@ -151,6 +199,15 @@ def _identity(
     return Attached()
 
 
+def _inside_machines(
+    model: DistributedDataParallel, optimizer: Optimizer, tau: int, stack: ExitStack
+) -> Attached:
+    size = int(os.environ["LOCAL_WORLD_SIZE"])
+    subgroup, _ = dist.new_subgroups(group_size=size)  # type: ignore[no-untyped-call]
+    model.register_comm_hook(subgroup, default_hooks.allreduce_hook)
+    return Attached()
+
+
 def _fp16(
     model: DistributedDataParallel, optimizer: Optimizer, tau: int, stack: ExitStack
 ) -> Attached:
@@ -170,8 +227,9 @@ def _power_sgd(
 def _post_local_sgd(
     model: DistributedDataParallel, optimizer: Optimizer, tau: int, stack: ExitStack
 ) -> Attached:
-    # Every rank is a machine of its own, so the group within the machine is the rank alone.
-    subgroup, _ = dist.new_subgroups(group_size=1)  # type: ignore[no-untyped-call]
+    # Averages gradients within a machine, which may be of one rank.
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    subgroup, _ = dist.new_subgroups(group_size=size)  # type: ignore[no-untyped-call]
     state = PostLocalSGDState(None, subgroup, start_localSGD_iter=0)  # type: ignore[no-untyped-call]
     model.register_comm_hook(state, post_localSGD_hook)
     averager = PeriodicModelAverager(period=tau, warmup_steps=0)

@@ -16,18 +16,25 @@ class Cell:
 
     Attributes:
         ranks: number of them.
-        rate: of each rank's link.
+        rate: of each machine's link.
         load: what is trained.
+        per_node: ranks of a machine.
+        tau: steps between averagings; None for the benchmark's.
     """
 
     ranks: int
     rate: str
     load: str
+    per_node: int = 1
+    tau: int | None = None
 
     @property
     def title(self) -> str:
         """For tables and pictures."""
-        return f"{self.load}, {self.ranks} ranks, {self.rate}"
+        ranks = f"{self.ranks} ranks"
+        if self.per_node > 1:
+            ranks = f"{self.ranks // self.per_node} machines of {self.per_node} ranks"
+        return f"{self.load}, {ranks}, {self.rate}"
 
 
 @dataclass(frozen=True)
@@ -71,14 +78,14 @@ def medians(results: Mapping[Cell, Sequence[Line]], tau: int) -> list[dict[str, 
         {
             "rate": cell.rate,
             "ranks": cell.ranks,
-            "tau": tau,
+            "tau": cell.tau or tau,
             "contender": line.contender,
             "parameter_bytes": line.parameters,
             "compute_ms": round(1e3 * (line.step_seconds - line.above), 3),
             "step_ms": round(1e3 * line.step_seconds, 3),
         }
         for cell, found in results.items()
-        if cell.load == "pretend" and cell.rate != "unshaped"
+        if cell.load == "pretend" and cell.rate != "unshaped" and cell.per_node == 1
         for line in found
         if line.contender != ALONE
     ]

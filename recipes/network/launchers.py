@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["Place", "command_of", "environment_of"]
+__all__ = ["Place", "command_of", "environment_of", "places"]
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,7 @@ class Place:
     Attributes:
         rank: number of the rank.
         ranks: how many there are.
+        per_node: how many of them share a machine.
         address: rank 0's address.
         port: where rank 0 can listen.
         interface: through which the rank reaches the others.
@@ -25,6 +26,30 @@ class Place:
     address: str
     port: int
     interface: str
+    per_node: int = 1
+
+    @property
+    def node(self) -> int:
+        """Number of the rank's machine."""
+        return self.rank // self.per_node
+
+    @property
+    def nodes(self) -> int:
+        """How many machines there are."""
+        return self.ranks // self.per_node
+
+
+def places(place: Place, words: Sequence[str]) -> list[Place]:
+    """Those at which the command is started: one a rank, or one a machine if it is a launcher's."""
+    names = {Path(word).name for word in words}
+    launcher = _accelerate_options(words) is not None or names & {
+        "torchrun",
+        "torch.distributed.run",
+    }
+    return [
+        replace(place, rank=rank)
+        for rank in range(0, place.ranks, place.per_node if launcher else 1)
+    ]
 
 
 def command_of(place: Place, words: Sequence[str]) -> list[str]:
@@ -44,9 +69,9 @@ def command_of(place: Place, words: Sequence[str]) -> list[str]:
     if start is None:
         return filled
     options = {
-        "--num_machines": place.ranks,
+        "--num_machines": place.nodes,
         "--num_processes": place.ranks,
-        "--machine_rank": place.rank,
+        "--machine_rank": place.node,
         "--main_process_ip": place.address,
         "--main_process_port": place.port,
     }
@@ -66,13 +91,13 @@ def environment_of(place: Place, environment: Mapping[str, str]) -> dict[str, st
         "MASTER_PORT": str(place.port),
         "RANK": str(place.rank),
         "WORLD_SIZE": str(place.ranks),
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
+        "LOCAL_RANK": str(place.rank % place.per_node),
+        "LOCAL_WORLD_SIZE": str(place.per_node),
         "PET_MASTER_ADDR": place.address,
         "PET_MASTER_PORT": str(place.port),
-        "PET_NNODES": str(place.ranks),
-        "PET_NODE_RANK": str(place.rank),
-        "PET_NPROC_PER_NODE": "1",
+        "PET_NNODES": str(place.nodes),
+        "PET_NODE_RANK": str(place.node),
+        "PET_NPROC_PER_NODE": str(place.per_node),
         "GLOO_SOCKET_IFNAME": place.interface,
         "NCCL_SOCKET_IFNAME": place.interface,
         "TP_SOCKET_IFNAME": place.interface,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from network.launchers import Place, command_of, environment_of
+from network.launchers import Place, command_of, environment_of, places
 from network.sandbox import refusal
 from tests.harness import scaled
 
@@ -161,3 +161,59 @@ def _running(argument: str) -> list[str]:
             if words[:2] == [b"sleep", argument.encode()]:
                 found.append(entry.name)
     return found
+
+
+# Rank 0 of each machine sends to its neighbour first, then rank 1 to the other machine.
+TWO_BY_TWO = """
+import os, time
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+local, size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+assert (size, dist.get_rank() % 2) == (2, local)
+group, _ = dist.new_subgroups(group_size=2)
+numbers = torch.zeros(500_000)
+for where in (group, None):
+    dist.all_reduce(numbers[:2], group=where)
+    start = time.monotonic()
+    dist.all_reduce(numbers, group=where)
+    seconds = time.monotonic() - start
+    # 2 MB at 16 Mbit/s take 1 s.
+    assert (seconds > 0.8) == (where is None), seconds
+"""
+
+
+@shapes
+def test_ranks_of_a_machine_share_its_link_and_pass_it_by(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(TWO_BY_TWO)
+    counted = tmp_path / "bytes.json"
+    options = ["--ranks", "4", "--per-node", "2", "--rate", "16mbit", "--json", str(counted)]
+    ran = link(*options, "--", sys.executable, str(script))
+    assert ran.returncode == 0, ran.stderr
+    sent = json.loads(counted.read_text())["bytes_sent"]
+    # What stays inside a machine is not on its link: a ring's share of 2 MB and little else.
+    assert len(sent) == 2
+    assert all(1.5e6 < each < 3.5e6 for each in sent)
+
+
+def test_a_launcher_is_started_once_a_machine() -> None:
+    place = Place(0, 6, "10.0.0.1", 29500, "link0", per_node=3)
+    script = places(place, ["python", "train.py"])
+    assert [each.rank for each in script] == [0, 1, 2, 3, 4, 5]
+    for words in (["accelerate", "launch", "train.py"], ["torchrun", "train.py"]):
+        first, second = places(place, words)
+        assert (first.node, second.node, second.nodes) == (0, 1, 2)
+    command = command_of(second, ["accelerate", "launch", "train.py"])
+    options = dict(zip(command[2:-1:2], command[3:-1:2], strict=True))
+    assert options["--num_machines"] == "2"
+    assert options["--num_processes"] == "6"
+    assert options["--machine_rank"] == "1"
+    found = environment_of(second, {})
+    assert (found["PET_NNODES"], found["PET_NPROC_PER_NODE"]) == ("2", "3")
+    assert (found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) == ("0", "3")
+
+
+def test_machines_have_as_many_ranks_each() -> None:
+    ran = link("--ranks", "4", "--per-node", "3", "--", "true")
+    assert ran.returncode == 2
+    assert "does not divide" in ran.stderr
