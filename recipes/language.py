@@ -5,17 +5,27 @@
 Runs on GPUs where there is one for each process and on the CPU elsewhere. Trains on the text that
 comes with Python, or on --text FILE, and reports bits per byte of the consensus model on text that
 was held out. At the end the model writes a few lines.
+
+With --fsdp, the ranks of an island hold one model together (FSDP2), and the islands average theirs:
+
+    accelerate launch --multi_gpu --num_processes 4 recipes/language.py --algorithm diloco \\
+        --fsdp --island 2
 """
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import tyro
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 
-from common.algorithms import AlgorithmOptions
+from common.algorithms import AlgorithmOptions, island_size
 from common.checkpointing import CheckpointOptions
 from common.config import RecipeConfig
 from common.errors import RecipeError
@@ -55,6 +65,9 @@ class TrainingOptions:
     """Largest norm of a gradient, each worker's own; 0 leaves gradients as they are."""
     sample: int = 400
     """Bytes that the consensus model writes at the end."""
+    fsdp: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Shard the model over the ranks of each --island with FSDP2, for models that do not fit one
+    GPU. Without checkpoints."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "epochs"):
@@ -75,6 +88,22 @@ class Config(RecipeConfig):
     data: TextOptions = field(default_factory=TextOptions)
     run: RunOptions = field(default_factory=RunOptions)
     checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+    def __post_init__(self) -> None:
+        if not self.training.fsdp:
+            return
+        if self.method.island is None:
+            raise RecipeError(
+                "--fsdp needs to know which ranks hold a model together: add --island node, or "
+                "--island and a number of neighbouring ranks"
+            )
+        if self.checkpoints.enabled:
+            raise RecipeError(
+                "this recipe keeps no checkpoints of a sharded model: leave out --checkpoint-every "
+                "and --resume, or --fsdp"
+            )
+        if self.run.mixed_precision == "fp16":
+            raise RecipeError("--fsdp takes --mixed-precision bf16, which needs no GradScaler")
 
     @property
     def subject(self) -> tuple[str, str, str]:
@@ -97,6 +126,8 @@ class LanguageRun(Run):
             heads=options.heads,
             layers=options.layers,
         )
+        if self.sharded:
+            self._shard(model)
         matrices = [p for p in model.parameters() if p.ndim > 1]
         vectors = [p for p in model.parameters() if p.ndim <= 1]
         groups: list[dict[str, Any]] = [
@@ -110,6 +141,32 @@ class LanguageRun(Run):
             weight_decay=options.weight_decay,
         )
         return model, optimizer
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 takes the place of DDP."""
+        return self.config.training.fsdp
+
+    def _shard(self, model: ByteTransformer) -> None:
+        """Deal the model out to the ranks of this island, and tell the state who its peers are."""
+        assert self.state is not None
+        ranks, size = self.accelerator.num_processes, island_size(self.config.method)
+        if ranks % size:
+            raise RecipeError(f"--island {size} does not divide the {ranks} processes")
+        device = self.accelerator.device
+        mesh = init_device_mesh(
+            device.type, (ranks // size, size), mesh_dim_names=("island", "shard")
+        )
+        half = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None
+        policy = MixedPrecisionPolicy(param_dtype=half)
+        model.to(device)
+        # Nobody writes to the logits, which are a view.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=mesh["shard"], mp_policy=policy)
+        # The mesh says who makes an island.
+        self.state.island = None
+        self.state.process_group = mesh["island"].get_group()
 
     def learning_rate_factor(self, step: int) -> float:
         """Warm-up, then a cosine down to the end."""
@@ -141,13 +198,16 @@ class LanguageRun(Run):
     def show_model(self) -> None:
         """Let the model write, and print it."""
         length = self.config.training.sample
-        if length == 0:
+        main = self.accelerator.is_main_process
+        # Every forward of a sharded model takes all its ranks.
+        if length == 0 or not (main or self.sharded):
             return
         model = self.accelerator.unwrap_model(self.model).eval()
         written = generate(model, _PROMPT, length, temperature=0.8)
         # A model of bytes may break off in the middle of a character.
         text = (_PROMPT + written).decode(errors="replace")
-        print(f"\nA sample of the consensus model:\n{text}", flush=True)
+        if main:
+            print(f"\nA sample of the consensus model:\n{text}", flush=True)
 
 
 @record

@@ -3,12 +3,13 @@
 import sys
 from pathlib import Path
 
-from pictures import rates, scaling, states, timeline
+from pictures import islands, rates, scaling, states, timeline
 from pictures.paper import save
 
 PICTURES = {
     "timeline": timeline.draw,
     "states": states.draw,
+    "islands": islands.draw,
     "scaling": scaling.draw_steps,
     "hiding-tau": scaling.draw_taus,
     "rates": rates.draw,

@@ -1,6 +1,7 @@
 """The library's algorithms under the names that the recipes' options use."""
 
 import inspect
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,7 +14,14 @@ import commhooks
 from commhooks import CommHookState
 from common.errors import RecipeError
 
-__all__ = ["AlgorithmName", "AlgorithmOptions", "build_state", "hyper_parameters", "run_name"]
+__all__ = [
+    "AlgorithmName",
+    "AlgorithmOptions",
+    "build_state",
+    "hyper_parameters",
+    "island_size",
+    "run_name",
+]
 
 AlgorithmName = Literal[
     "ddp",
@@ -66,6 +74,7 @@ _SHORT_OPTIONS = {
     # Their values say what they are.
     "outer": "",
     "merge": "",
+    "compression": "",
 }
 
 _hint = tyro.conf.arg
@@ -135,6 +144,17 @@ class AlgorithmOptions:
         float | None, _hint(metavar="MB", help_behavior_hint="(default: 25)")
     ] = None
     """Largest message of a parameter averaging."""
+    island: Annotated[
+        Literal["node"] | int | None,
+        _hint(metavar="node|INT", help_behavior_hint="(default: 1)"),
+    ] = None
+    """Ranks that average gradients at every step and so make one worker: node, those of a machine;
+    or a number of neighbouring ranks."""
+    compression: Annotated[
+        Literal["bf16", "int8", "int4"] | None,
+        _hint(metavar="bf16|int8|int4", help_behavior_hint="(default: none, fp32)"),
+    ] = None
+    """What the numbers of an averaging are rounded to; what is rounded off is sent later."""
 
     def given(self) -> dict[str, Any]:
         """The hyper-parameters set on the command line."""
@@ -172,6 +192,13 @@ def hyper_parameters(options: AlgorithmOptions) -> dict[str, Any]:
     if "delay" in found:
         found["delay"] = _steps(found["delay"], found["tau"])
     return found
+
+
+def island_size(options: AlgorithmOptions) -> int:
+    """How many ranks make one worker."""
+    if options.island == "node":
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    return options.island or 1
 
 
 def run_name(options: AlgorithmOptions, *, lr: float, seed: int, others: Sequence[str]) -> str:

@@ -40,7 +40,8 @@ class Results:
         seconds_exposed: time a worker's training thread waited for communication, mean over
             workers; None where nobody measured it.
         seconds_hidden: time communication was in flight while training went on, likewise.
-        bytes_sent: what a ring all-reduce of the payloads puts on one worker's link.
+        bytes_sent: what a ring all-reduce of the payloads puts on one worker's link; with islands,
+            what one of its ranks sends to the other islands.
         rounds: parameter averagings completed; None where there is no such thing.
         wandb_dir: folder of the W&B run; None where there is none.
         config: all options and versions.

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import commhooks.accelerate
 from commhooks import CommHooksError, CommHookState
-from common.algorithms import build_state
+from common.algorithms import build_state, island_size
 from common.checkpointing import Keeper, Stopped
 from common.config import RecipeConfig
 from common.data import ShareOrder, share_loader, test_loader
@@ -134,18 +134,25 @@ class Run(ABC):
         """Test the model as it is. Collective."""
 
     def show_model(self) -> None:  # noqa: B027 - a recipe may do nothing
-        """Print what there is to see of the trained model; on the main process alone."""
+        """Print what there is to see of the trained model, on the main process. All call it."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether `build` has sharded the model, which then is not for DDP."""
+        return False
 
     def _prepare(self, data: Data) -> None:
         model, optimizer = self.build(data)
         scheduler = LambdaLR(optimizer, self.learning_rate_factor)
-        self.model, self.optimizer, self.scheduler, self.test_loader = self.accelerator.prepare(
-            model, optimizer, scheduler, test_loader(data.test)
+        self.model = model if self.sharded else self.accelerator.prepare(model)
+        self.optimizer, self.scheduler, self.test_loader = self.accelerator.prepare(
+            optimizer, scheduler, test_loader(data.test)
         )
         self.traffic = Traffic(self.state)
         if self.state is not None:
             self.state.register(self.model, self.optimizer, scaler=self.accelerator.scaler)
-            commhooks.accelerate.checkpoint(self.accelerator, self.state)
+            if not self.sharded:
+                commhooks.accelerate.checkpoint(self.accelerator, self.state)
 
     def _position(self) -> dict[str, Any]:
         """Where this worker is, besides what Accelerate and the state know."""
@@ -292,7 +299,7 @@ class Run(ABC):
             seconds=over_workers(accelerator, self.watch.seconds, "max"),
             seconds_exposed=exposed,
             seconds_hidden=hidden,
-            bytes_sent=ring_bytes(payload, workers),
+            bytes_sent=ring_bytes(payload, workers // island_size(self.config.method)),
             rounds=rounds,
             wandb_dir=None if self.tracker.run_dir is None else str(self.tracker.run_dir),
             config=self.config.flat(workers),
@@ -330,8 +337,8 @@ def conduct(config: RecipeConfig, load: Callable[[], Data], run: type[Run]) -> N
         return
     training.keeper.close()
     training.tracker.summarise(results.headline())
+    training.show_model()
     if accelerator.is_main_process:
-        training.show_model()
         show_results(results)
         if config.run.json is not None:
             write_results(results, config.run.json)

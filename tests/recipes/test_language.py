@@ -1,4 +1,4 @@
-"""recipes/language.py through its command line, on two real processes."""
+"""recipes/language.py through its command line, on real processes."""
 
 import math
 from pathlib import Path
@@ -9,6 +9,7 @@ from common.launch import RECIPES
 from common.text import python_text
 from common.traffic import gradient_bytes
 from common.transformer import ByteTransformer
+from tests.harness.script import ScriptFailed
 from tests.recipes.runs import Run, records, train
 
 pytestmark = pytest.mark.slow
@@ -17,14 +18,24 @@ SMALL = ("--layers", "1", "--width", "32", "--heads", "2", "--context", "32", "-
 MODEL_BYTES = gradient_bytes(ByteTransformer(context=32, width=32, heads=2, layers=1))
 
 
-def train_language(folder: Path, algorithm: str, *arguments: str, launcher: bool = False) -> Run:
+def train_language(
+    folder: Path, algorithm: str, *arguments: str, workers: int = 2, launcher: bool = False
+) -> Run:
     # Some kilobytes of prose and as many of code, so that testing takes no time.
     text = folder / "mixed.txt"
     whole = python_text()
     text.write_bytes(whole[:150_000] + whole[-150_000:])
     options = ("--text", str(text), "--sample", "40", *arguments)
     script = RECIPES / "language.py"
-    return train(folder, algorithm, *options, script=script, model=SMALL, launcher=launcher)
+    return train(
+        folder,
+        algorithm,
+        *options,
+        workers=workers,
+        script=script,
+        model=SMALL,
+        launcher=launcher,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +115,56 @@ def test_streaming_diloco_goes_on_with_its_outer_optimizer(tmp_path: Path) -> No
     again = train_language(second, "diloco", *form, *steps, "--resume", str(middle))
     assert "going on after step 6" in again.printed
     assert again.results.loss == whole.loss
+
+
+def test_islands_that_share_a_model_out_with_fsdp(tmp_path: Path) -> None:
+    """Two islands of two processes: each process averages its half of the model with its peer."""
+    form = ("--fsdp", "--island", "2", "--tau", "4", "--max-steps", "24", "--eval-every", "12")
+    run = train_language(tmp_path, "diloco", *form, "--lr", "5e-3", workers=4, launcher=True)
+    assert (run.results.workers, run.results.steps, run.results.rounds) == (4, 24, 6)
+    assert run.results.bits_per_byte is not None
+    assert run.results.bits_per_byte < 7
+    # Half of the model a round, and once more at the end, 2 (m - 1) / m = 1 times.
+    assert run.results.bytes_sent == 7 * MODEL_BYTES / 2
+    assert "A sample of the consensus model:\n\ndef " in run.printed
+    assert "Warning" not in run.printed
+
+
+def test_fsdp_with_a_round_in_flight_in_few_bits(tmp_path: Path) -> None:
+    """With bf16 inside, accumulation and warm-up."""
+    form = ("--fsdp", "--island", "2", "--tau", "4", "--compression", "int8", "--max-steps", "12")
+    more = ("--warmup-steps", "2", "--accumulate", "2", "--mixed-precision", "bf16")
+    results = train_language(tmp_path, "overlap-local-sgd", *form, *more, workers=4).results
+    assert (results.steps, results.rounds) == (12, 2)
+    assert math.isfinite(results.loss)
+
+
+def test_ddp_in_islands_in_few_bits(tmp_path: Path) -> None:
+    form = ("--island", "node", "--tau", "4", "--max-steps", "8")
+    # One machine is one island, and so one worker, which has nobody to send to.
+    alone = train_language(tmp_path, "local-sgd", *form).results
+    assert (alone.rounds, alone.bytes_sent) == (2, 0)
+    options = ("--island", "2", "--compression", "int4", "--tau", "4", "--max-steps", "8")
+    pairs = train_language(tmp_path, "local-sgd", *options, workers=4).results
+    assert pairs.rounds == 2
+    # What finish() sends is in fp32: 3 all-reduces would be 1.5 models, and this is little more
+    # than a third of that.
+    assert MODEL_BYTES / 2 < pairs.bytes_sent < 0.7 * MODEL_BYTES
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ((), "--fsdp needs to know which ranks hold a model together"),
+        (("--island", "3"), "--island 3 does not divide the 2 processes"),
+        (("--island", "2", "--checkpoint-every", "5"), "keeps no checkpoints of a sharded model"),
+        (("--island", "2", "--mixed-precision", "fp16"), "--fsdp takes --mixed-precision bf16"),
+    ],
+)
+def test_what_fsdp_does_not_go_with_is_refused(
+    options: tuple[str, ...], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ScriptFailed, match="status 2") as failure:
+        train_language(tmp_path, "diloco", "--fsdp", *options)
+    # tyro draws a box around some of them.
+    assert reason in " ".join(failure.value.printed.replace("\u2502", " ").split())

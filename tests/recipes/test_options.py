@@ -1,7 +1,7 @@
 """Options: what is passed on, what is refused, and what help says."""
 
 from dataclasses import fields, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 
@@ -12,6 +12,7 @@ from common.algorithms import (
     AlgorithmOptions,
     build_state,
     hyper_parameters,
+    island_size,
     run_name,
 )
 from common.errors import RecipeError
@@ -26,36 +27,40 @@ def read(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> vision.Config:
 @pytest.mark.parametrize(
     ("options", "state"),
     [
-        (AlgorithmOptions("all-reduce"), "AllReduce(warmup_steps=0)"),
-        (AlgorithmOptions("local-sgd", tau=3), "LocalSGD(tau=3, warmup_steps=0)"),
+        (AlgorithmOptions("all-reduce"), "AllReduce(warmup_steps=0, compression=None)"),
+        (AlgorithmOptions("local-sgd", tau=3), "LocalSGD(tau=3, warmup_steps=0, compression=None)"),
         (
             AlgorithmOptions("overlap-local-sgd", beta=0.7, warmup_steps=5),
-            "OverlapLocalSGD(tau=8, alpha=0.6, beta=0.7, warmup_steps=5)",
+            "OverlapLocalSGD(tau=8, alpha=0.6, beta=0.7, warmup_steps=5, compression=None)",
         ),
-        (AlgorithmOptions("easgd"), "EASGD(tau=8, alpha=None, warmup_steps=0)"),
-        (AlgorithmOptions("cocod-sgd", tau=1), "CoCoDSGD(tau=1, warmup_steps=0)"),
+        (AlgorithmOptions("easgd"), "EASGD(tau=8, alpha=None, warmup_steps=0, compression=None)"),
+        (AlgorithmOptions("cocod-sgd", tau=1), "CoCoDSGD(tau=1, warmup_steps=0, compression=None)"),
         (
             AlgorithmOptions("bmuf", nesterov=True, eta=0.5),
-            "BMUF(tau=8, eta=0.5, zeta=1.0, nesterov=True, warmup_steps=0)",
+            "BMUF(tau=8, eta=0.5, zeta=1.0, nesterov=True, warmup_steps=0, compression=None)",
         ),
         (
             AlgorithmOptions("diloco", fragments=4, delay=2, alpha=0.5),
             "DiLoCo(tau=8, outer='torch.optim.sgd.SGD(lr=0.7, momentum=0.9, nesterov=True)', "
-            "fragments=4, delay=2, merge='blend', alpha=0.5, warmup_steps=0)",
+            "fragments=4, delay=2, merge='blend', alpha=0.5, warmup_steps=0, compression=None)",
         ),
         (
             AlgorithmOptions("diloco", outer="sgd", outer_lr=1.0, outer_momentum=0.5),
             "DiLoCo(tau=8, outer='torch.optim.sgd.SGD(lr=1.0, momentum=0.5, nesterov=False)', "
-            "fragments=1, delay=0, merge='blend', alpha=0.0, warmup_steps=0)",
+            "fragments=1, delay=0, merge='blend', alpha=0.0, warmup_steps=0, compression=None)",
         ),
         (
             AlgorithmOptions("diloco", outer="adamw", outer_lr=0.01, merge="carry", delay="tau"),
             "DiLoCo(tau=8, outer='torch.optim.adamw.AdamW(lr=0.01, weight_decay=0.0)', "
-            "fragments=1, delay=8, merge='carry', alpha=0.0, warmup_steps=0)",
+            "fragments=1, delay=8, merge='carry', alpha=0.0, warmup_steps=0, compression=None)",
         ),
         (
             AlgorithmOptions("slowmo", beta=0.7, slow_lr=0.9),
-            "SlowMo(tau=8, beta=0.7, lr=0.9, warmup_steps=0)",
+            "SlowMo(tau=8, beta=0.7, lr=0.9, warmup_steps=0, compression=None)",
+        ),
+        (
+            AlgorithmOptions("local-sgd", compression="int4"),
+            "LocalSGD(tau=8, warmup_steps=0, compression='int4')",
         ),
     ],
 )
@@ -64,6 +69,25 @@ def test_options_reach_the_state(options: AlgorithmOptions, state: str) -> None:
     assert repr(built) == state
     assert built is not None
     assert built.bucket_cap_mb == 25.0
+
+
+@pytest.mark.parametrize(("island", "size"), [(None, 1), (2, 2), ("node", 3)])
+def test_an_island_reaches_the_state(
+    island: Literal["node"] | int | None, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    options = AlgorithmOptions("local-sgd", island=island)
+    built = build_state(options)
+    assert built is not None
+    assert (built.island, island_size(options)) == (island, size)
+
+
+@pytest.mark.parametrize(("given", "island"), [("node", "node"), ("2", 2)])
+def test_the_command_line_knows_islands(
+    given: str, island: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read(monkeypatch, "--island", given, "--compression", "bf16")
+    assert (config.method.island, config.method.compression) == (island, "bf16")
 
 
 def test_plain_ddp_has_no_state() -> None:
@@ -75,7 +99,7 @@ def test_dilocos_default_is_the_librarys() -> None:
     assert repr(built) == repr(commhooks.DiLoCo(8))
 
 
-NOT_NUMBERS = {"nesterov": True, "outer": "sgd", "merge": "carry"}
+NOT_NUMBERS = {"nesterov": True, "outer": "sgd", "merge": "carry", "compression": "int8"}
 
 
 @pytest.mark.parametrize("algorithm", get_args(AlgorithmName))

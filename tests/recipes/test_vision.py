@@ -125,6 +125,15 @@ def test_easgd_on_resnet18_with_accumulation_in_bf16(tmp_path: Path) -> None:
     assert math.isfinite(results.loss)
 
 
+def test_islands_with_few_bits_between_them(tmp_path: Path) -> None:
+    """Two islands of two processes; with BatchNorm's statistics, which all of them average."""
+    options = ("--island", "2", "--compression", "int8", "--tau", "2", "--max-steps", "6")
+    results = train(tmp_path, "overlap-local-sgd", *options, workers=4).results
+    assert (results.workers, results.steps, results.rounds) == (4, 6, 3)
+    assert "island=2 int8" in results.name
+    assert math.isfinite(results.loss)
+
+
 def test_cocod_sgd_on_cifar10(tmp_path: Path) -> None:
     data = tmp_path / "data"
     write_cifar10(data, per_batch=32)
