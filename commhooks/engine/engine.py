@@ -35,7 +35,7 @@ from commhooks.engine.rounds.schedule import Schedule
 from commhooks.engine.rounds.sharing import put_together
 from commhooks.engine.rules import Rules
 from commhooks.engine.steps.backward import Backwards
-from commhooks.engine.vectors.buckets import Bucket, as_integers, build_buckets
+from commhooks.engine.vectors.buckets import Bucket, build_buckets
 from commhooks.engine.vectors.buffers import Buffer
 from commhooks.engine.vectors.devices import Moment
 from commhooks.engine.vectors.fragments import partition
@@ -711,22 +711,35 @@ class Engine:
     def _start_together(self) -> None:
         """Start where nobody has made sure that all ranks have the same parameters.
 
-        Compressed rounds need a reference that all workers share, bit for bit. Collective then.
+        DDP has, at its construction, but they may have been written to since; nobody has of sharded
+        models. Compressed rounds need a reference that all workers share, bit for bit. Collective
+        for both.
 
         Raises:
-            RoundError: the ranks are not at the same point, or the communication failed.
+            RoundError: the ranks are not at the same point, the communication failed, or sharded
+                models differ between islands.
         """
         self._start()
         references = [r for fragment in self._fragments for r in fragment.references]
-        if not references:
+        if not (references or self._sharded) or self.layout.m == 1:
             return
         self._call("the first local step")
-        bits = sum(int(as_integers(r).sum()) for r in references) % 2**48
         try:
-            if len(set(self.links.peers.tell(bits))) > 1:
+            bits = sum(int(fragment.bits) for fragment in self._fragments)
+            everyone, islands = self.links.everyone, self.layout.islands
+            told = dict(zip(everyone.ranks, everyone.tell(bits), strict=True))
+            # The ranks at one place, which average with one another.
+            if any(len({told[rank] for rank in peers}) > 1 for peers in zip(*islands, strict=True)):
+                if self._sharded:
+                    self._call.fail(
+                        "the islands begin the local steps with different parameters. Give every "
+                        "island the same ones before: the same seed, or the same checkpoint."
+                    )
                 for future in [self.links.peers.broadcast(r) for r in references]:
                     future.wait()
         except RuntimeError as error:
+            if isinstance(error, RoundError):
+                raise
             self._call.fail(str(error))
 
     def _start(self) -> None:

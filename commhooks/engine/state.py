@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -620,6 +621,8 @@ class CommHookState(Rules, Joinable):
     def stats(self) -> Stats:
         """A snapshot of what this rank has sent, waited for and hidden; zeros before a start."""
         if self._engine is not None:
+            if threading.current_thread() is threading.main_thread():
+                self._engine.pass_by()
             return self._engine.stats()
         return self._closed or Stats()
 

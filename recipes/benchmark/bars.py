@@ -27,6 +27,9 @@ _VECTORS = {
     "LocalSGD": 1,
     "OverlapLocalSGD": 1,
     "OverlapLocalSGD, beta=0.7": 3,
+    # The wire, e and r, E of one of two ranks, and three and a half encoded vectors.
+    "OverlapLocalSGD, int8": 3.5 + 3.5 * 260 / 1024,
+    "OverlapLocalSGD, int4": 3.5 + 3.5 * 132 / 1024,
     "EASGD": 1,
     "CoCoDSGD": 2,
     "BMUF": 3,
@@ -221,12 +224,13 @@ def _of_micro(micro: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Bar]
         if times:
             yield Bar(what, bar, _range(times, 0))
     boundaries = micro.get("boundaries", ())
-    if copies := [record["copies"][0] for record in boundaries]:
-        yield Bar(
-            "a boundary, all-reduce done: x a copy of the parameters",
-            "at most 4",
-            _range(copies, 2),
-        )
+    for what, bar, compressed in (
+        ("a boundary, all-reduce done: x a copy of the parameters", "at most 4", False),
+        ("the same with int8 and int4", "at most 8", True),
+    ):
+        copies = [r["copies"][0] for r in boundaries if ("int" in r["algorithm"]) == compressed]
+        if copies:
+            yield Bar(what, bar, _range(copies, 2))
     above = [
         (record["extra"] - _VECTORS[record["algorithm"]]) * 4 * record["parameters"] / _BUCKET_BYTES
         for record in boundaries

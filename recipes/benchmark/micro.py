@@ -25,6 +25,12 @@ _ALGORITHMS: dict[str, Callable[[], CommHookState]] = {
     "LocalSGD": lambda: commhooks.LocalSGD(1, warmup_steps=1),
     "OverlapLocalSGD": lambda: commhooks.OverlapLocalSGD(1, warmup_steps=1),
     "OverlapLocalSGD, beta=0.7": lambda: commhooks.OverlapLocalSGD(1, beta=0.7, warmup_steps=1),
+    "OverlapLocalSGD, int8": lambda: commhooks.OverlapLocalSGD(
+        1, warmup_steps=1, compression="int8"
+    ),
+    "OverlapLocalSGD, int4": lambda: commhooks.OverlapLocalSGD(
+        1, warmup_steps=1, compression="int4"
+    ),
     "EASGD": lambda: commhooks.EASGD(1, warmup_steps=1),
     "CoCoDSGD": lambda: commhooks.CoCoDSGD(1, warmup_steps=1),
     "BMUF": lambda: commhooks.BMUF(1, warmup_steps=1),

@@ -129,7 +129,7 @@ def threads_that_communicate(kind: str) -> set[str]:
     import threading
 
     names: set[str] = set()
-    for name in ("all_reduce", "all_to_all_single", "all_gather_into_tensor", "broadcast"):
+    for name in ("all_reduce", "all_to_all_single", "all_gather_single", "broadcast"):
         plain = getattr(dist, name)
 
         def noted(*args: Any, plain: Any = plain, **kwargs: Any) -> Any:

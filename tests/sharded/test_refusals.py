@@ -126,6 +126,24 @@ def misuse() -> list[str]:
     return messages
 
 
+def starting_apart() -> str:
+    torch.manual_seed(dist.get_rank() // 2)
+    mesh = islands_of(2)
+    model = shard(nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 3)), mesh)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    state = commhooks.DiLoCo(tau=2, process_group=mesh["island"].get_group())
+    state.register(model, optimizer)
+    torch.autograd.backward(model(torch.ones(2, 5)).sum())
+    with pytest.raises(commhooks.RoundError) as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_islands_that_start_apart() -> None:
+    for message in run_ranks(starting_apart, 4, tidy=TIDY):
+        assert "begin the local steps with different parameters" in message
+
+
 def _inside(trainer: ShardedTrainer) -> None:
     with trainer.state.averaged():
         trainer.step()

@@ -142,7 +142,7 @@ class Communicator:
 
     def all_gather(self, gathered: Tensor, mine: Tensor) -> torch.futures.Future[Any]:
         """Start gathering every rank's vector, rank i's in row i."""
-        return self._start(dist.all_gather_into_tensor, gathered, mine)
+        return self._start(dist.all_gather_single, gathered, mine)
 
     def _start(
         self, collective: Callable[..., dist.Work], received: Tensor, sent: Tensor

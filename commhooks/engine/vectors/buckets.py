@@ -12,13 +12,7 @@ from commhooks.engine.vectors.chunks import Chunk, Gathered, Scratch, cut, is_de
 from commhooks.engine.vectors.devices import accumulation_dtype, chunk_numel
 from commhooks.errors import RegistrationError
 
-__all__ = ["Bucket", "as_integers", "build_buckets"]
-
-
-def as_integers(numbers: Tensor) -> Tensor:
-    """The same memory, as integers."""
-    return numbers.view(_INTEGERS[numbers.element_size()])
-
+__all__ = ["Bucket", "build_buckets"]
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -162,7 +156,11 @@ class Bucket:
 
     def bits(self) -> Tensor:
         """A number that is the same for tensors of the same bits, as an int64 scalar."""
-        return torch.stack([as_integers(real(tensor)).sum() for tensor in self.tensors]).sum()
+        sums = [
+            (numbers := real(tensor)).view(_INTEGERS[numbers.element_size()]).sum()
+            for tensor in self.tensors
+        ]
+        return torch.stack(sums).sum()
 
     def refresh(self) -> None:
         """Rebuild the views if somebody has moved a tensor (``tensor.data = ...``) since.
