@@ -20,14 +20,13 @@ from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.guards.refused_backward import after_backward, raise_after_backward
 from commhooks.engine.meter import Meter
 from commhooks.engine.network.agreement import by_rank, tell
-from commhooks.engine.network.codecs import CODECS
 from commhooks.engine.network.communicator import done, open_communicator
 from commhooks.engine.network.gradients import GradientAverager
 from commhooks.engine.network.islands import Layout
 from commhooks.engine.network.links import Links
 from commhooks.engine.network.roll_call import RollCall
 from commhooks.engine.network.ticket import Ticket
-from commhooks.engine.network.wires import CompressedWire, PlainWire, Wire, piece_numel
+from commhooks.engine.network.wires import piece_numel, wire_for
 from commhooks.engine.rounds.consensus import Consensus, enter
 from commhooks.engine.rounds.fragment import Fragment
 from commhooks.engine.rounds.round import Round
@@ -35,7 +34,7 @@ from commhooks.engine.rounds.schedule import Schedule
 from commhooks.engine.rounds.sharing import put_together
 from commhooks.engine.rules import Rules
 from commhooks.engine.steps.backward import Backwards
-from commhooks.engine.vectors.buckets import Bucket, build_buckets
+from commhooks.engine.vectors.buckets import build_buckets
 from commhooks.engine.vectors.buffers import Buffer
 from commhooks.engine.vectors.devices import Moment
 from commhooks.engine.vectors.fragments import partition
@@ -128,12 +127,19 @@ class Engine:
         ]
         # A sharded model is shared out already.
         shares = (1, 0) if self._sharded else (layout.size, layout.place)
+        # Of these alone, since what holds the engine would close a cycle.
+        make_wire = partial(
+            wire_for,
+            self.links,
+            rules.compression,
+            differences=rules.contributes_differences,
+        )
         self._fragments = [
             Fragment(
                 part,
                 build_buckets(part, cap_bytes, *shares, cuttable=rules.elementwise),
                 Schedule(rules.tau, rules.delay, offset=-(-number * rules.tau // len(dealt))),
-                self._make_wire,
+                make_wire,
                 1 if compressed else layout.m,
             )
             for number, part in enumerate(dealt, start=1)
@@ -683,18 +689,6 @@ class Engine:
         rules = self._rules_alive()
         assert rules is not None
         return rules
-
-    def _make_wire(self, bucket: Bucket) -> Wire:
-        rules, links = self._rules, self.links
-        if links.back is None or rules.compression is None:
-            return PlainWire(links.peers, bucket.vectors["wire"])
-        return CompressedWire(
-            links.peers,
-            links.back,
-            CODECS[rules.compression],
-            bucket.vectors["wire"],
-            differences=rules.contributes_differences,
-        )
 
     @property
     def _piece_sizes(self) -> list[list[int]]:

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from commhooks.engine.guards.process_exit import landing
-from commhooks.engine.network.codecs import BLOCK, Codec
+from commhooks.engine.network.codecs import BLOCK, CODECS, Codec
 from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.network.links import Links
 from commhooks.engine.vectors.devices import chunk_numel, finiteness
 
-__all__ = ["CompressedWire", "PlainWire", "Wire", "piece_numel"]
+__all__ = ["CompressedWire", "PlainWire", "Wire", "piece_numel", "wire_for"]
 
 
 class Wire(Protocol):
@@ -69,6 +70,23 @@ class PlainWire:
     def send_back(self) -> torch.futures.Future[Any]:
         """There is no second shot."""
         raise NotImplementedError
+
+
+def wire_for(
+    links: Links, compression: str | None, vector: Tensor, *, differences: bool
+) -> PlainWire | CompressedWire:
+    """The wire of a vector that is averaged with the peers.
+
+    Args:
+        links: the workers.
+        compression: one of the codecs; None for none.
+        vector: what is averaged.
+        differences: whether the workers contribute differences.
+    """
+    if links.back is None or compression is None:
+        return PlainWire(links.peers, vector)
+    codec = CODECS[compression]
+    return CompressedWire(links.peers, links.back, codec, vector, differences=differences)
 
 
 def piece_numel(numel: int, m: int) -> int:

@@ -38,7 +38,7 @@ class Fragment:
         parameters: those that go together.
         buckets: the same, in flat vectors.
         schedule: when rounds are launched and land.
-        make_wire: how a bucket's vector becomes its mean.
+        make_wire: makes what turns a bucket's vector into its mean.
         divisor: by what the vectors are divided before they are sent.
     """
 
@@ -47,7 +47,7 @@ class Fragment:
         parameters: Iterable[Tensor],
         buckets: Sequence[Bucket],
         schedule: Schedule,
-        make_wire: Callable[[Bucket], Wire],
+        make_wire: Callable[[Tensor], Wire],
         divisor: int,
     ) -> None:
         parameters = list(parameters)
@@ -90,7 +90,7 @@ class Fragment:
             if not bucket.vectors:
                 bucket.allocate(("wire", *vectors))
         if not self.wires:
-            self.wires = [self._make_wire(bucket) for bucket in self.buckets]
+            self.wires = [self._make_wire(bucket.vectors["wire"]) for bucket in self.buckets]
 
     def start(self, rules: Rules) -> None:
         """Begin at the parameters as they are."""
