@@ -1,10 +1,13 @@
 """Pins state.stats: what it counts, in which units, and the distance to the consensus."""
 
 import dataclasses
+import gc
 import time
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import commhooks
 from tests.cases import ALGORITHMS, OVERLAPPED, PERIODIC, Case, one_case
@@ -122,3 +125,27 @@ def test_the_distance_is_to_what_the_models_were_drawn_to(
     first, _ = run_ranks(stats_after_every_step, 2, case)
     assert [stats.consensus_distance for stats in first[:2]] == [0.0, 0.0]
     assert [stats.consensus_distance for stats in first[2:7]] == expected
+
+
+def large_storages() -> list[int]:
+    """How many tensors of the model's size Python holds, after a step of warm-up and after more."""
+    model = DistributedDataParallel(nn.Linear(300, 300, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = commhooks.LocalSGD(tau=2, warmup_steps=1)
+    state.register(model, optimizer)
+    counts = []
+    for _ in range(4):
+        torch.autograd.backward(model(torch.ones(1, 300)).sum())
+        optimizer.step()
+        gc.collect()
+        held = (each for each in gc.get_objects() if isinstance(each, torch.Tensor))
+        large = {each.untyped_storage().data_ptr() for each in held if each.numel() >= 90_000}
+        counts.append(len(large))
+    return counts
+
+
+def test_gradients_of_warm_up_are_not_kept() -> None:
+    """DDP makes new buckets after the first backward, and gives back the old ones."""
+    for counts in run_ranks(large_storages, 2):
+        # The weight, its gradient and DDP's bucket; then the wire and a chunk's scratch, too.
+        assert counts == [3, 5, 5, 5]

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from commhooks.engine.rules import Rules
-from commhooks.engine.vectors.buckets import Bucket
 from commhooks.errors import CheckpointError
 
 if TYPE_CHECKING:
     from commhooks.engine.rounds.fragment import Fragment
 
-__all__ = ["check_identity", "check_values", "dump_vectors", "load_vectors"]
+__all__ = ["check_identity", "check_values"]
 
 FORMAT = 5
 """Version of the dictionary's layout; a later one that reads differently gets another number.
@@ -41,25 +40,6 @@ _IDENTITY = (
 )
 _SECONDS = ("seconds_exposed", "seconds_hidden")
 _FLAGS = ("started", "drifted", "disabled")
-
-
-def dump_vectors(buckets: Sequence[Bucket], names: Iterable[str]) -> dict[str, list[Tensor]]:
-    """Copies of the named vectors, one tensor a parameter, whatever the buckets' sizes."""
-    return {
-        name: [part for bucket in buckets for part in bucket.parts(bucket.vectors[name].clone())]
-        for name in names
-    }
-
-
-def load_vectors(buckets: Sequence[Bucket], vectors: Mapping[str, Sequence[Tensor]]) -> None:
-    """Fill the buckets' vectors from those of a model of the same shapes."""
-    for name, parts in vectors.items():
-        rest = list(parts)
-        for bucket in buckets:
-            mine = bucket.parts(bucket.vectors[name])
-            for view, part in zip(mine, rest[: len(mine)], strict=True):
-                view.copy_(part)
-            rest = rest[len(mine) :]
 
 
 def check_identity(saved: object, mine: Mapping[str, Any]) -> None:

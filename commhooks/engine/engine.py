@@ -9,30 +9,29 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commhooks.engine.checkpoint import check_values, dump_vectors, load_vectors
+from commhooks.engine.checkpoint import check_values
 from commhooks.engine.guards.interrupts import uninterrupted
-from commhooks.engine.guards.refused_backward import after_backward, raise_after_backward
+from commhooks.engine.guards.refused_backward import raise_after_backward
 from commhooks.engine.meter import Meter
-from commhooks.engine.network.agreement import by_rank, tell
-from commhooks.engine.network.communicator import done, open_communicator
-from commhooks.engine.network.gradients import GradientAverager
+from commhooks.engine.network.agreement import tell
+from commhooks.engine.network.communicator import done
 from commhooks.engine.network.islands import Layout
 from commhooks.engine.network.links import Links
 from commhooks.engine.network.roll_call import RollCall
-from commhooks.engine.network.ticket import Ticket
 from commhooks.engine.network.wires import piece_numel, wire_for
 from commhooks.engine.rounds.consensus import Consensus, enter
 from commhooks.engine.rounds.fragment import Fragment
 from commhooks.engine.rounds.round import Round
 from commhooks.engine.rounds.schedule import Schedule
-from commhooks.engine.rounds.sharing import put_together
+from commhooks.engine.rounds.sharing import Sharing
 from commhooks.engine.rules import Rules
+from commhooks.engine.steps.averaging import StepAverager
 from commhooks.engine.steps.backward import Backwards
 from commhooks.engine.vectors.buckets import build_buckets
 from commhooks.engine.vectors.buffers import Buffer
@@ -119,6 +118,9 @@ class Engine:
         self._call = RollCall(
             type(rules).__name__, self.links, self._meter, lambda: steps.step, in_island
         )
+        self._sharing: Sharing | None = None
+        if self.links.island is not None and not self._sharded:
+            self._sharing = Sharing(self.links.island, self._call)
         self._backwards = Backwards(parameters.values(), static_graph=static_graph)
         # By their whole sizes, so that all ranks deal them out alike.
         dealt = [
@@ -147,14 +149,11 @@ class Engine:
         self._read_rates: weakref.WeakMethod[Callable[[], Mapping[int, float]]] | None = None
         self.device = self._call.device = self._fragments[0].device
         self._restart_schedules()
-        self._averager: GradientAverager | None = None
-        self._island_averager: GradientAverager | None = None
-        if self.links.island is not None and not self._sharded and not rules.synchronous:
-            # Its seconds are not counted: an island is one worker.
-            gradients = open_communicator(parent, self, layout.mine)
-            self._island_averager = GradientAverager(self.links.island, gradients, Meter())
+        self._gradients = StepAverager(
+            self.links, self._call, self._meter, sharded=self._sharded, inside=not rules.synchronous
+        )
         if rules.synchronous or warmup_steps:
-            self._open_averager()
+            self._gradients.open()
         self._started = False
         self._drifted = False
         self._consensus: Consensus | None = None
@@ -222,15 +221,9 @@ class Engine:
                 )
             return gradient
         averaging = self.averages_gradients
-        averager = self._open_averager() if averaging else self._island_averager
-        if averager is not None:
-            gradient = self._average(averager, bucket, first=first, last=last)
-            if self._call.failed:
-                if last:
-                    raise_after_backward(self._call.failure())
-                return gradient
-            if last:
-                after_backward(partial(self._check_gradients, averager))
+        gradient = self._gradients.average(bucket, first=first, last=last, everywhere=averaging)
+        if self._call.failed and (averaging or self.links.island is not None):
+            return gradient
         if last:
             if not averaging and not self._started:
                 # Now, since what comes next may be an optimizer already in its step, whose closure
@@ -249,22 +242,6 @@ class Engine:
         """The training thread passes; start what waits for it, the same order on every rank."""
         while self._sending and self._sending[0].proceed():
             self._sending.popleft()
-
-    def _average(
-        self, averager: GradientAverager, bucket: GradBucket, *, first: bool, last: bool
-    ) -> torch.futures.Future[Tensor]:
-        gradient = done(bucket.buffer())
-        if self._call.failed:
-            return gradient
-        try:
-            if first:
-                averager.begin(self.device, self._call.point("the gradients of a backward"))
-            gradient = averager.average(bucket)
-            if last:
-                averager.end(self.device)
-        except Exception as error:  # noqa: BLE001 - a backend may raise anything
-            self._note_failure_of(averager, str(error))
-        return gradient
 
     def before_update(
         self, gradients: Sequence[tuple[Tensor, Tensor | None]], *, closure: bool
@@ -295,37 +272,12 @@ class Engine:
                 "optimizer.step(closure) computes the gradients of a sharded model after they "
                 "should have been averaged; compute them before it, or use warmup_steps=0."
             )
-        averager = self._open_averager()
-        try:
-            averager.begin(self.device, self._call.point("the gradients of a backward"))
-            averager.end(self.device)
-            averager.average_now(gradients)
-        except RuntimeError as error:
-            self._call.fail(str(error))
+        self._gradients.average_now(gradients)
         self._gradients_averaged_for = self.steps.step
 
     def after_update(self) -> None:
         """All optimizers have updated a sharded model, or were skipped: a step ends."""
         self._count_step(local=not self.averages_gradients)
-
-    def _check_gradients(self, averager: GradientAverager) -> None:
-        """Behind a backward, whose last gradients DDP has waited for.
-
-        Raises:
-            RoundError: they have not arrived.
-        """
-        try:
-            averager.check()
-        except RuntimeError as error:
-            self._note_failure_of(averager, str(error))
-            raise self._call.failure() from None
-
-    def _note_failure_of(self, averager: GradientAverager, cause: str) -> None:
-        if averager is self._island_averager:
-            self._call.note_failure_in_island(cause)
-        else:
-            self._call.note_failure(cause)
-        averager.give_up()
 
     def shadow_step(self) -> None:
         """Take part in a step of ranks with more batches (torch's Join), ahead of DDP's part.
@@ -482,7 +434,7 @@ class Engine:
         """Average gradients from the next step on, after :meth:`finish`, and keep no vectors."""
         self.disabled = True
         self._started = False
-        self._open_averager()
+        self._gradients.open()
         for fragment in self._fragments:
             fragment.release()
 
@@ -495,9 +447,7 @@ class Engine:
             # No rank may take down what another still reads from.
             tell(self.links.everyone.parent, None)
             self.links.close()
-            for averager in (self._averager, self._island_averager):
-                if averager is not None:
-                    averager.close()
+            self._gradients.close()
         for fragment in self._fragments:
             fragment.release()
 
@@ -535,8 +485,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """The counters now."""
-        if self._averager is not None:
-            self._averager.settle()
+        self._gradients.settle()
         meter = self._meter
         meter.settle(wait=True)
         hidden, arrived = meter.seconds_hidden, 0
@@ -577,17 +526,7 @@ class Engine:
             "drifted": self._drifted,
             "disabled": self.disabled,
             "fragments": [
-                {
-                    "launch": fragment.schedule.launch,
-                    "landing": fragment.schedule.landing,
-                    "shapes": fragment.shapes,
-                    "vectors": dump_vectors(
-                        fragment.buckets, self._saved_vectors if self._started else ()
-                    ),
-                    "rates": fragment.rates if self._started else None,
-                    "kept": fragment.dump_kept() if self._started else None,
-                    "wires": fragment.dump_wires() if self._started else None,
-                }
+                fragment.state_dict(self._saved_vectors if self._started else None)
                 for fragment in self._fragments
             ],
         }
@@ -631,12 +570,13 @@ class Engine:
         self.refuse_inside_averaged("load_state_dict()")
         self.drain()
         started = saved["started"] and self._goes_on(saved)
-        if started:
-            for fragment, values in zip(self._fragments, saved["fragments"], strict=True):
-                fragment.allocate(self._rules.vectors)
-                fragment.load_kept(self._rules, values["kept"])
-                if values["wires"] is not None:
-                    fragment.load_wires(values["wires"], residuals=self.same_ranks(saved))
+        same_ranks = self.same_ranks(saved)
+        for fragment, values in zip(self._fragments, saved["fragments"], strict=True):
+            fragment.load_state_dict(values, self._rules if started else None, residuals=same_ranks)
+            # What was in flight is part of the vectors. It lands in models that were in flight with
+            # it, which those of another number of workers are not.
+            if not same_ranks and not (started and self._rules.overlapped):
+                fragment.schedule.landing = None
         self._started, self._overwritten = started, False
         self._drifted = saved["drifted"]
         self.disabled = saved["disabled"]
@@ -644,16 +584,6 @@ class Engine:
             setattr(self.steps, name, value)
         for name, value in saved["meter"].items():
             setattr(self._meter, name, value)
-        for fragment, values in zip(self._fragments, saved["fragments"], strict=True):
-            fragment.schedule.launch = values["launch"]
-            fragment.schedule.landing = values["landing"]
-            if started:
-                load_vectors(fragment.buckets, values["vectors"])
-                fragment.rates = values["rates"]
-            # What was in flight is part of the vectors. It lands in models that were in flight with
-            # it, which those of another number of workers are not.
-            if not self.same_ranks(saved) and not (started and self._rules.overlapped):
-                fragment.schedule.landing = None
         return self._started or not saved["started"]
 
     @property
@@ -767,7 +697,7 @@ class Engine:
         bits: int | Tensor = 0
         if refusal is None:
             try:
-                bits = fragment.bits if fragment.shared else 0
+                bits = fragment.bits if self._sharing is not None else 0
                 fragment.prepare(self._rules, self._rates)
                 names = ("mix", "contribute") if mix_first else ("contribute",)
                 probes = fragment.sweep(self._rules, *names)
@@ -792,13 +722,13 @@ class Engine:
         fragment.schedule.launched()
         self._meter.rounds_launched = number
         self._meter.bytes_reduced += fragment.nbytes
-        if mix_first and fragment.shared and self._all_in_island_can(refusal):
-            self._put_together(fragment)
+        if mix_first and self._sharing is not None and self._sharing.all_can(refusal):
+            self._sharing.put_together(fragment)
         # Else nobody in the island is mixed, and the round ends in an error on every rank.
 
     def _mix(self, fragment: Fragment) -> None:
         self._reshard()
-        if not fragment.shared:
+        if self._sharing is None:
             fragment.sweep(self._rules, "mix")
             return
         refusal = None
@@ -806,44 +736,4 @@ class Engine:
             fragment.sweep(self._rules, "mix")
         except RegistrationError as error:
             refusal = str(error)
-        if not self._all_in_island_can(refusal):
-            assert self.links.island is not None
-            self._fail_in_island(by_rank(self.links.island.tell(refusal), self.layout.mine))
-        self._put_together(fragment)
-
-    def _all_in_island_can(self, refusal: str | None) -> bool:
-        """Whether no rank of the island has a refusal. Collective there."""
-        assert self.links.island is not None
-        try:
-            point = self._call.point("a landing")
-            verdict = Ticket(
-                self.links.island, self.device, point, refused=refusal is not None
-            ).wait()
-        except RuntimeError as error:
-            self._fail_in_island(str(error))
-        if verdict.problem is not None:
-            self._fail_in_island(verdict.problem)
-        return not verdict.refused
-
-    def _put_together(self, fragment: Fragment) -> None:
-        """Give the ranks of the island what each of them has mixed. Collective there."""
-        assert self.links.island is not None
-        try:
-            put_together(self.links.island, fragment.buckets, fragment.common)
-        except RuntimeError as error:
-            self._fail_in_island(str(error))
-        fragment.write_common()
-
-    def _fail_in_island(self, cause: str) -> NoReturn:
-        self._call.note_failure_in_island(cause)
-        raise self._call.failure() from None
-
-    def _open_averager(self) -> GradientAverager:
-        if self._averager is None:
-            # Of its own, since buckets of gradients and parameters differ in size, and two ranks
-            # that are not at the same point must not make them meet.
-            everyone = self.links.everyone
-            ranks = self.layout.peers if self._sharded else None
-            gradients = open_communicator(everyone.parent, self, ranks)
-            self._averager = GradientAverager(everyone, gradients, self._meter)
-        return self._averager
+        self._sharing.land(fragment, refusal)

@@ -144,6 +144,36 @@ def evaluated(case: Case) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     return steps, consensus, outputs
 
 
+def scaled(case: Case) -> tuple[list[Tensor], int]:
+    """With a GradScaler; at one step the loss of a rank of the second island overflows."""
+    trainer = ShardedTrainer(case, register=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
+    trainer.state.register(trainer.model, *trainer.optimizers, scaler=scaler)
+    (optimizer,) = trainer.optimizers
+    steps = []
+    for step in range(1, case.steps + 1):
+        value = loss(trainer.model, trainer.rank, step)
+        if (step, trainer.rank) == (3, 2):
+            value = value * float("inf")
+        torch.autograd.backward(scaler.scale(value))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        steps.append(trainer.x)
+    return steps, trainer.state.stats.step
+
+
+def test_an_island_skips_a_step_together() -> None:
+    for case in cases(optimizers=plain_sgd):
+        case = replace(case, warmup_steps=0, dtype=torch.float32)
+        ranks = run_ranks(scaled, 4, case, tidy=TIDY)
+        workers = reference_workers(case, 4)
+        expected = [workers.step(case.worker_backward, {(1, 3)}) for _ in range(case.steps)]
+        doubled = [[x for x in each for _ in range(2)] for each in expected]
+        assert_follows(case, [steps for steps, _ in ranks], doubled)
+        assert all(counted == case.steps for _, counted in ranks)
+
+
 def disabled(case: Case) -> list[Tensor]:
     trainer = ShardedTrainer(case)
     steps = [trainer.step() for _ in range(5)]

@@ -47,7 +47,14 @@ class Sharding:
 class ShardedTrainer:
     """This rank's part of a sharded model, and an ordinary training loop."""
 
-    def __init__(self, case: Case, sharding: Sharding | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        case: Case,
+        sharding: Sharding | None = None,
+        *,
+        register: bool = True,
+        **options: Any,
+    ) -> None:
         sharding = sharding or Sharding()
         self.case, self.steps = case, 0
         self.rank = dist.get_rank()
@@ -60,7 +67,8 @@ class ShardedTrainer:
         self.state: commhooks.CommHookState = make_state(
             case, **{"island": None, "process_group": group, **options}
         )
-        self.state.register(self.model, *self.optimizers)
+        if register:
+            self.state.register(self.model, *self.optimizers)
 
     @property
     def x(self) -> Tensor:

@@ -119,6 +119,15 @@ class GradientAverager:
         if self._failures:
             raise RuntimeError(self._failures[0])
 
+    def release(self) -> None:
+        """Behind a backward: keep no gradient alive, whose memory DDP may give back.
+
+        Raises:
+            RuntimeError: a gradient has not arrived.
+        """
+        self.check()
+        self._promises = []
+
     def give_up(self) -> None:
         """Let DDP have the local gradients of a backward whose all-reduces may never end."""
         self.communicator.idle = False

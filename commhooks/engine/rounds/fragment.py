@@ -69,11 +69,6 @@ class Fragment:
         return [tensor for bucket in self.buckets for tensor in bucket.owned]
 
     @property
-    def shared(self) -> bool:
-        """Whether the ranks of an island share it out."""
-        return any(bucket.shared for bucket in self.buckets)
-
-    @property
     def bits(self) -> int | Tensor:
         """A number that ranks with the same parameters, bit for bit, have in common."""
         sums = [bucket.bits().to(self.device) for bucket in self.buckets]
@@ -146,7 +141,53 @@ class Fragment:
         flats = (torch.empty(b.length, dtype=b.dtype, device="meta") for b in self.buckets)
         return [p for b, flat in zip(self.buckets, flats, strict=True) for p in b.parts(flat)]
 
-    def dump_wires(self) -> dict[str, Any] | None:
+    def state_dict(self, vectors: Sequence[str] | None) -> dict[str, Any]:
+        """The fragment's part of a checkpoint; nothing may be in flight.
+
+        Args:
+            vectors: names of the vectors that mean something; None if the algorithm has not begun.
+        """
+        begun = vectors is not None
+        return {
+            "launch": self.schedule.launch,
+            "landing": self.schedule.landing,
+            "shapes": self.shapes,
+            "vectors": {name: self._dump(name) for name in vectors or ()},
+            "rates": self.rates if begun else None,
+            "kept": copy.deepcopy(self.kept.state_dict()) if begun and self.kept else None,
+            "wires": self._dump_wires() if begun else None,
+        }
+
+    def load_state_dict(
+        self, saved: Mapping[str, Any], rules: Rules | None, *, residuals: bool
+    ) -> None:
+        """Go on from what :meth:`state_dict` gave and has been found good.
+
+        Args:
+            saved: what it gave.
+            rules: the algorithm, if it had begun and goes on.
+            residuals: whether what rounding has left over goes on, too.
+        """
+        self.schedule.launch, self.schedule.landing = saved["launch"], saved["landing"]
+        if rules is None:
+            return
+        self.allocate(rules.vectors)
+        for name, parts in saved["vectors"].items():
+            views = (view for b in self.buckets for view in b.parts(b.vectors[name]))
+            for view, part in zip(views, parts, strict=True):
+                view.copy_(part)
+        self.rates = saved["rates"]
+        self._keep(rules)
+        if self.kept is not None:
+            self.kept.load_state_dict(saved["kept"])
+        if saved["wires"] is not None:
+            self._load_wires(saved["wires"], residuals=residuals)
+
+    def _dump(self, name: str) -> list[Tensor]:
+        """Copies of a vector, one tensor a parameter, whatever the buckets' sizes."""
+        return [part for b in self.buckets for part in b.parts(b.vectors[name].clone())]
+
+    def _dump_wires(self) -> dict[str, Any] | None:
         """What the wires have left over and in common, as copies; None if there is nothing."""
         wires = self._compressed
         if not wires:
@@ -162,8 +203,8 @@ class Fragment:
             ],
         }
 
-    def load_wires(self, saved: Mapping[str, Any], *, residuals: bool) -> None:
-        """Go on from what :meth:`dump_wires` gave; without ``residuals`` with nothing left over."""
+    def _load_wires(self, saved: Mapping[str, Any], *, residuals: bool) -> None:
+        """Go on from what :meth:`_dump_wires` gave, with its residuals or with none."""
         for name in ("e", "E", "r") if residuals else ("r",):
             rest = list(saved[name])
             for bucket, wire in self._compressed:
@@ -184,16 +225,6 @@ class Fragment:
     def references(self) -> list[Tensor]:
         """The wires' references, which must be the same on all workers."""
         return [wire.r for _, wire in self._compressed if wire.r is not None]
-
-    def dump_kept(self) -> dict[str, Any] | None:
-        """What is kept, as tensors and plain values that later steps do not change."""
-        return None if self.kept is None else copy.deepcopy(self.kept.state_dict())
-
-    def load_kept(self, rules: Rules, saved: Mapping[str, Any] | None) -> None:
-        """Go on from what :meth:`dump_kept` gave and the rules have found good."""
-        self._keep(rules)
-        if self.kept is not None:
-            self.kept.load_state_dict(saved)
 
     def release(self) -> None:
         """Let go of the vectors."""

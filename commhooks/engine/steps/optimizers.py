@@ -77,6 +77,7 @@ class OptimizerWatch:
     """
 
     looks_for_copies = True
+    stepping_for_scaler = False
 
     def __init__(
         self,
@@ -204,10 +205,15 @@ class _WatchedStep:
             self.plain = self.plain.plain
 
     def __call__(self, optimizer: Any, *args: Any, **kwargs: Any) -> float | None:
-        result = self.plain(optimizer, *args, **kwargs)
-        inner = unwrapped(optimizer)
-        if (watch := self.watch()) is not None and isinstance(inner, Optimizer):
-            watch.after_step(inner)
+        watch, inner = self.watch(), unwrapped(optimizer)
+        if watch is None or not isinstance(inner, Optimizer):
+            return self.plain(optimizer, *args, **kwargs)
+        watch.stepping_for_scaler = True
+        try:
+            result = self.plain(optimizer, *args, **kwargs)
+        finally:
+            watch.stepping_for_scaler = False
+        watch.after_step(inner)
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:

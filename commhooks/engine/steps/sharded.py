@@ -227,6 +227,11 @@ class ShardedWatch(OptimizerWatch):
             ]
             self._updated_by_them.before_update(gradients, closure=closure)
 
+    def after_step(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped, or its step was skipped; told once by whoever knows both."""
+        if not self.stepping_for_scaler:
+            super().after_step(optimizer)
+
     def _is_awaited(self) -> bool:
         return True
 
