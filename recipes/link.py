@@ -22,7 +22,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -31,7 +31,7 @@ from typing import Annotated
 import tyro
 
 from network import sandbox
-from network.launchers import Place, command_of, environment_of, places
+from network.launchers import Place, command_of, environment_of, name_of, places
 from network.supervisor import Supervisor
 from network.switch import INTERFACE, build_switch, sent_bytes
 
@@ -70,9 +70,8 @@ def run_inside(link: Link, words: Sequence[str], lifeline: int) -> int:
     try:
         first = Place(0, link.ranks, ports[0].address, _PORT, INTERFACE, link.per_node)
         for place in places(first, words):
-            environment = environment_of(place, os.environ)
             inside = ports[place.node].namespace.entered()
-            supervisor.start(command_of(place, words), environment, inside)
+            _start(supervisor, place, words, inside)
         # Readable means closed, since nobody writes: whoever started this has ended.
         status = supervisor.wait(lambda: bool(select.select([lifeline], [], [], 0)[0]))
     finally:
@@ -120,11 +119,20 @@ def run_unshaped(link: Link, words: Sequence[str]) -> int:
     supervisor = Supervisor()
     try:
         for place in places(Place(0, link.ranks, "127.0.0.1", port, "lo", link.per_node), words):
-            environment = environment_of(place, os.environ)
-            supervisor.start(command_of(place, words), environment, nullcontext())
+            _start(supervisor, place, words, nullcontext())
         return supervisor.wait(lambda: False)
     finally:
         supervisor.stop()
+
+
+def _start(
+    supervisor: Supervisor,
+    place: Place,
+    words: Sequence[str],
+    inside: AbstractContextManager[None],
+) -> None:
+    environment = environment_of(place, os.environ)
+    supervisor.start(command_of(place, words), environment, inside, name_of(place, words))
 
 
 def _report(link: Link, sent: list[int]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["Place", "command_of", "environment_of", "places"]
+__all__ = ["Place", "command_of", "environment_of", "name_of", "places"]
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ class Place:
 
 def places(place: Place, words: Sequence[str]) -> list[Place]:
     """Those at which the command is started: one a rank, or one a machine if it is a launcher's."""
-    names = {Path(word).name for word in words}
-    launcher = _accelerate_options(words) is not None or names & {
-        "torchrun",
-        "torch.distributed.run",
-    }
-    return [
-        replace(place, rank=rank)
-        for rank in range(0, place.ranks, place.per_node if launcher else 1)
-    ]
+    each = place.per_node if _is_launcher(words) else 1
+    return [replace(place, rank=rank) for rank in range(0, place.ranks, each)]
+
+
+def name_of(place: Place, words: Sequence[str]) -> str:
+    """What to call the process that is started there."""
+    if place.per_node > 1 and _is_launcher(words):
+        return f"machine {place.node}"
+    return f"rank {place.rank}"
 
 
 def command_of(place: Place, words: Sequence[str]) -> list[str]:
@@ -104,9 +104,10 @@ def environment_of(place: Place, environment: Mapping[str, str]) -> dict[str, st
     }
     gpus = _gpus(environment)
     if gpus:
-        # One each, as if on machines of their own, or none at all.
-        own = gpus[place.rank] if len(gpus) >= place.ranks else ""
-        rendezvous["CUDA_VISIBLE_DEVICES"] = own
+        # One a rank, and those of its machine alone, or none at all.
+        first = place.node * place.per_node
+        own = gpus[first : first + place.per_node] if len(gpus) >= place.ranks else []
+        rendezvous["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     defaults = {
         # More threads than cores slow all of them down; PyTorch would start one a core and rank.
         "OMP_NUM_THREADS": str(max(1, cores)),
@@ -123,6 +124,13 @@ def _gpus(environment: Mapping[str, str]) -> list[str]:
         return [name for name in visible.split(",") if name]
     found = Path("/proc/driver/nvidia/gpus")
     return [str(number) for number, _ in enumerate(found.iterdir())] if found.is_dir() else []
+
+
+def _is_launcher(words: Sequence[str]) -> bool:
+    names = {Path(word).name for word in words}
+    return _accelerate_options(words) is not None or bool(
+        names & {"torchrun", "torch.distributed.run"}
+    )
 
 
 def _accelerate_options(words: Sequence[str]) -> int | None:

@@ -27,6 +27,7 @@ class Supervisor:
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._names: list[str] = []
         self._outputs: list[IO[bytes] | None] = []
 
     def start(
@@ -34,8 +35,15 @@ class Supervisor:
         command: Sequence[str],
         environment: Mapping[str, str],
         place: AbstractContextManager[None],
+        name: str,
     ) -> None:
-        """Start the next rank while being in ``place``.
+        """Start the next rank, or launcher of ranks, while being in ``place``.
+
+        Args:
+            command: its words.
+            environment: all of its variables.
+            place: a context to be in while it starts.
+            name: how it is called where it fails.
 
         Raises:
             OSError: there is no such command.
@@ -53,6 +61,7 @@ class Supervisor:
                 start_new_session=True,
             )
         self._processes.append(process)
+        self._names.append(name)
         self._outputs.append(output)
 
     def wait(self, cancelled: Callable[[], bool]) -> int:
@@ -82,17 +91,18 @@ class Supervisor:
 
     def _report_failure(self) -> int:
         """The status of a rank that has failed, with the end of what it printed; or 0."""
-        for rank, process in enumerate(self._processes):
+        for number, process in enumerate(self._processes):
             if process.poll():
-                self._show_end(rank)
+                self._show_end(number)
                 # A process killed by signal n counts as status 128 + n, as in a shell.
                 return process.returncode if process.returncode > 0 else 128 - process.returncode
         return 0
 
-    def _show_end(self, rank: int) -> None:
-        sys.stderr.write(f"link: rank {rank} ended with {self._processes[rank].returncode}\n")
-        if (output := self._outputs[rank]) is not None:
+    def _show_end(self, number: int) -> None:
+        name = self._names[number]
+        sys.stderr.write(f"link: {name} ended with {self._processes[number].returncode}\n")
+        if (output := self._outputs[number]) is not None:
             output.seek(0)
             for line in deque(output, maxlen=_TAIL_LINES):
-                sys.stderr.write(f"[rank {rank}] {line.decode(errors='replace')}")
+                sys.stderr.write(f"[{name}] {line.decode(errors='replace')}")
         sys.stderr.flush()

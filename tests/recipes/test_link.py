@@ -69,6 +69,22 @@ def test_ranks_share_no_gpu(visible: str, own: list[str]) -> None:
     assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == own
 
 
+def test_ranks_of_a_machine_see_its_gpus() -> None:
+    """LOCAL_RANK picks one of them, and a launcher counts them."""
+    first = Place(0, 4, "10.0.0.1", 29500, "link0", per_node=2)
+    visible = {"CUDA_VISIBLE_DEVICES": "3,1,0,2"}
+    found = [
+        environment_of(each, visible)["CUDA_VISIBLE_DEVICES"]
+        for each in places(first, ["python", "train.py"])
+    ]
+    assert found == ["3,1", "3,1", "0,2", "0,2"]
+    found = [
+        environment_of(each, visible)["CUDA_VISIBLE_DEVICES"]
+        for each in places(first, ["torchrun", "train.py"])
+    ]
+    assert found == ["3,1", "0,2"]
+
+
 @shapes
 def test_rate_holds_and_bytes_are_counted(tmp_path: Path) -> None:
     report = tmp_path / "link.json"
@@ -195,6 +211,29 @@ def test_ranks_of_a_machine_share_its_link_and_pass_it_by(tmp_path: Path) -> Non
     # What stays inside a machine is not on its link: a ring's share of 2 MB and little else.
     assert len(sent) == 2
     assert all(1.5e6 < each < 3.5e6 for each in sent)
+
+
+@shapes
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    ["-m torch.distributed.run", "-m accelerate.commands.launch --multi_gpu --num_processes 1"],
+)
+def test_a_launcher_starts_the_ranks_of_its_machine(launcher: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(TWO_BY_TWO)
+    options = ["--ranks", "4", "--per-node", "2", "--rate", "16mbit"]
+    ran = link(*options, "--", sys.executable, *launcher.split(), str(script))
+    assert ran.returncode == 0, ran.stderr
+
+
+@shapes
+def test_what_fails_is_named_as_it_was_started() -> None:
+    options = ("--ranks", "4", "--per-node", "2", "--")
+    ran = link(*options, "sh", "-c", "test {rank} != 3")
+    assert "rank 3 ended with 1" in ran.stderr
+    ran = link(*options, sys.executable, "-m", "torch.distributed.run", "nothing.py")
+    assert "machine 0 ended with" in ran.stderr
 
 
 def test_a_launcher_is_started_once_a_machine() -> None:
