@@ -3,9 +3,12 @@
 import gc
 import time
 import weakref
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+import commhooks
 from tests.cases import ALGORITHMS, Case, one_case
 from tests.harness import run_ranks
 from tests.late_release import release_callbacks_late
@@ -64,6 +67,38 @@ def rewrapped_with_the_same_optimizer() -> bool:
 def test_a_dropped_state_does_not_live_on_in_its_optimizer() -> None:
     """The optimizer's hook held it, with up to three models' worth of vectors."""
     assert run_ranks(rewrapped_with_the_same_optimizer, 2) == [True, True]
+
+
+def gradients_that_outlive_their_warm_up() -> int:
+    state = make_state(Case("LocalSGD", {"tau": 2}), warmup_steps=1)
+    model = wrapped(ragged_model(), gradient_as_bucket_view=True)
+    buckets: list[weakref.ref[Any]] = []
+
+    def hook(state: object, bucket: Any) -> Any:
+        buckets.append(weakref.ref(bucket.buffer()))
+        return commhooks.comm_hook(state, bucket)
+
+    del hook.__annotations__["bucket"], hook.__annotations__["return"]
+    model.register_comm_hook(state, hook)
+    (optimizer,) = nesterov_sgd(model)
+    warm_up = 0
+    for step in range(1, 5):
+        gradient(model, dist.get_rank(), step)
+        optimizer.step()
+        warm_up = warm_up or len(buckets)
+    # The backend's thread lets go of a bucket's callback a moment after all have gone on.
+    deadline = time.monotonic() + 10
+    while any(bucket() is not None for bucket in buckets[:warm_up]):
+        if time.monotonic() > deadline:
+            break
+        gc.collect()
+        time.sleep(0.01)
+    return sum(bucket() is not None for bucket in buckets[:warm_up])
+
+
+def test_gradients_of_warm_up_are_let_go_of() -> None:
+    """The last promises to DDP held the buckets, which DDP built anew: a model's worth."""
+    assert run_ranks(gradients_that_outlive_their_warm_up, 2) == [0, 0]
 
 
 def train_with_callbacks_released_late(algorithm: str) -> None:
