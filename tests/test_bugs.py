@@ -6,9 +6,12 @@ import weakref
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 import commhooks
+from commhooks.engine.vectors.buckets import build_buckets
 from tests.cases import ALGORITHMS, Case, one_case
 from tests.harness import run_ranks
 from tests.late_release import release_callbacks_late
@@ -74,7 +77,7 @@ def gradients_that_outlive_their_warm_up() -> int:
     model = wrapped(ragged_model(), gradient_as_bucket_view=True)
     buckets: list[weakref.ref[Any]] = []
 
-    def hook(state: object, bucket: Any) -> Any:
+    def hook(state: commhooks.CommHookState, bucket: Any) -> Any:
         buckets.append(weakref.ref(bucket.buffer()))
         return commhooks.comm_hook(state, bucket)
 
@@ -99,6 +102,18 @@ def gradients_that_outlive_their_warm_up() -> int:
 def test_gradients_of_warm_up_are_let_go_of() -> None:
     """The last promises to DDP held the buckets, which DDP built anew: a model's worth."""
     assert run_ranks(gradients_that_outlive_their_warm_up, 2) == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_comparing_the_ranks_of_an_island_takes_no_memory(dtype: torch.dtype) -> None:
+    """torch sums int32 in a copy of int64: two models' worth at every boundary."""
+    (bucket,) = build_buckets([torch.ones(1000, 100, dtype=dtype)], 2**20)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        bits = int(bucket.bits())
+    assert max(event.cpu_memory_usage for event in profiler.key_averages()) < 1000
+    # One bit of one number makes another.
+    bucket.tensors[0][500, 50] = 1 + 2**-23
+    assert int(bucket.bits()) != bits
 
 
 def train_with_callbacks_released_late(algorithm: str) -> None:

@@ -156,11 +156,7 @@ class Bucket:
 
     def bits(self) -> Tensor:
         """A number that is the same for tensors of the same bits, as an int64 scalar."""
-        sums = [
-            (numbers := real(tensor)).view(_INTEGERS[numbers.element_size()]).sum()
-            for tensor in self.tensors
-        ]
-        return torch.stack(sums).sum()
+        return torch.stack([_bits(real(tensor)) for tensor in self.tensors]).sum()
 
     def refresh(self) -> None:
         """Rebuild the views if somebody has moved a tensor (``tensor.data = ...``) since.
@@ -246,6 +242,15 @@ def _build(
         scratch = Scratch(max(longest, min(limit or 0, largest)), dtype, device)
         buckets.extend(Bucket(part, scratch, edges(part), share) for part in packed)
     return buckets
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's numbers, read as integers, as an int64 scalar."""
+    width = tensor.element_size()
+    # It may wrap around. In int64, torch would first make a copy of all of them that is twice as
+    # large, and the C library does not use the same memory for the next tensor's.
+    total = tensor.view(_INTEGERS[width]).sum(dtype=torch.int64 if width == 8 else torch.int32)
+    return total.to(torch.int64)
 
 
 def _even(tensors: Sequence[Tensor], shares: int) -> list[int]:
