@@ -29,7 +29,7 @@ from benchmark.contenders import skipped
 from benchmark.markdown import markdown
 from benchmark.picture import draw
 from benchmark.results import Cell, Line, lines, medians
-from benchmark.tables import boundary_table, overhead_table, race_table
+from benchmark.tables import boundary_table, overhead_table, race_table, shared_table
 from benchmark.timeline import draw_timeline
 from network import sandbox
 
@@ -192,7 +192,11 @@ def run_micro(scale: Scale, measurer: Measurer, console: Console) -> dict[str, A
         fields = {"blocks": blocks, "rounds": scale.boundary_rounds}
         boundaries += measurer.measure(2, "unshaped", "boundaries", fields)
     console.print(boundary_table(boundaries))
-    return {"overheads": overheads, "boundaries": boundaries}
+    # Four ranks keep two states each, for which the larger model would not fit.
+    fields = {"blocks": scale.boundary_blocks[0], "rounds": scale.boundary_rounds}
+    shared = measurer.measure(4, "unshaped", "shared", fields, per_node=2)
+    console.print(shared_table(shared))
+    return {"overheads": overheads, "boundaries": boundaries, "shared": shared}
 
 
 def run_trace(scale: Scale, measurer: Measurer, folder: Path, console: Console) -> None:
@@ -270,7 +274,7 @@ def main() -> int:
         # As few parameters as there are fragments.
         scale = Scale(0.1, 0.01, 1, 20, (2,), 2)
         default = bench.cells == Bench().cells
-        cells = ("2x200mbit", "4xunshaped") if default else bench.cells
+        cells = ("2x200mbit", "4xunshaped", "2x2x200mbit") if default else bench.cells
         bench = Bench(**{**vars(bench), "cells": cells, "tau": min(bench.tau, 4)})
     refusal = sandbox.refusal()
     if refusal is not None:

@@ -68,6 +68,7 @@ def measured_bars(
         *_of_compression(ranks),
         *_of_islands(machines),
         *_of_micro(micro),
+        *_of_shared(micro.get("shared", ())),
     ]
 
 
@@ -241,6 +242,25 @@ def _of_micro(micro: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Bar]
             "at most 1",
             _range(above, 2),
         )
+
+
+def _of_shared(records: Sequence[Mapping[str, Any]]) -> Iterator[Bar]:
+    if not records:
+        return
+    yield Bar(
+        "a boundary of islands, above that of ranks alone: x gathering the model in the island",
+        "at most 1",
+        _range([record["above"][0] for record in records], 2),
+    )
+    above = [
+        (r["extra_shared"] - r["extra_alone"] / r["island"] - 1) * 4 * r["parameters"]
+        for r in records
+    ]
+    yield Bar(
+        "memory of islands above 1/L of what ranks alone keep and one model: buckets of 25 MiB",
+        "at most 1",
+        _range([most / _BUCKET_BYTES for most in above], 2),
+    )
 
 
 def bars_table(bars: Sequence[Bar]) -> Table:

@@ -26,6 +26,7 @@ __all__ = [
     "ALONE",
     "BASELINE",
     "DELAYED",
+    "FLAT",
     "INT4",
     "INT8",
     "ISLANDS",
@@ -40,7 +41,9 @@ __all__ = [
 
 BASELINE = "no communication"
 ALONE = "an all-reduce alone, every tau"
-"""No contender, but what none that averages models can do without: its all-reduce."""
+"""No contender, but what none that averages models can do without: its all-reduce.
+
+Where several ranks share a machine, each all-reduces its share of the model with its peers."""
 DELAYED = "commhooks DiLoCo, delay=tau"
 STREAMING = "commhooks DiLoCo, 4 fragments"
 TORCHFT_DELAYED = "torchft DiLoCo, delayed"
@@ -111,6 +114,11 @@ def _of_islands(size: int) -> list[Contender]:
             f"{ISLANDS} DiLoCo",
             "overlapped",
             _ours(lambda tau: commhooks.DiLoCo(tau, delay=tau, alpha=0.5, island=size)),
+        ),
+        Contender(
+            f"{ISLANDS} DiLoCo, carry",
+            "overlapped",
+            _ours(lambda tau: commhooks.DiLoCo(tau, delay=tau, merge="carry", island=size)),
         ),
         Contender(
             f"{ISLANDS} OverlapLocalSGD, int8",

@@ -24,12 +24,19 @@ def markdown(
         head = ("", "bar", "measured")
         parts += ["### In short", markdown_table(head, [(b.what, b.bar, b.measured) for b in bars])]
     for cell, found in results.items():
-        parts += [f"### {cell.title}", _race(found)]
+        parts += [f"### {cell.title}"]
+        if cell.per_node > 1:
+            parts += ["No communication is none between machines. What is sent is each machine's."]
+        parts += [_race(found)]
     if micro:
         parts += ["### A step that neither launches nor lands", _overheads(micro["overheads"])]
         parts += [
             "### A boundary, waiting left out",
             _boundaries(micro["boundaries"]),
+        ]
+        parts += [
+            "### A boundary where ranks share the model out in islands, waiting left out",
+            _shared(micro["shared"]),
         ]
     return "\n\n".join(parts) + "\n"
 
@@ -102,6 +109,37 @@ def _boundaries(records: Sequence[Mapping[str, Any]]) -> str:
                 f"{r['extra']:.2f}",
                 f"{r['grown'] / 1e3:.0f}",
                 f"{r['transient']:.2f}",
+            )
+            for r in records
+        ],
+    )
+
+
+def _shared(records: Sequence[Mapping[str, Any]]) -> str:
+    head = (
+        "",
+        "M parameters",
+        "ranks of an island",
+        "ms, every rank alone",
+        "ms, islands",
+        "ms to gather the model",
+        "more (gatherings)",
+        "min",
+        "max",
+        "kept, alone (models)",
+        "kept, islands (models)",
+    )
+    return markdown_table(
+        head,
+        [
+            (
+                r["algorithm"],
+                f"{r['parameters'] / 1e6:.1f}",
+                str(r["island"]),
+                *(f"{r[name]:.1f}" for name in ("alone_ms", "shared_ms", "gather_ms")),
+                *(f"{gatherings:.2f}" for gatherings in r["above"]),
+                f"{r['extra_alone']:.2f}",
+                f"{r['extra_shared']:.2f}",
             )
             for r in records
         ],

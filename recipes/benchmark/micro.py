@@ -1,6 +1,7 @@
 """What the library itself costs: a step, a boundary, memory. Nothing here waits for a network."""
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,14 @@ from benchmark.loads import Pretend
 from benchmark.memory import live_bytes, peak_bytes, reset_peak
 from commhooks import CommHookState
 
-__all__ = ["Boundary", "Overhead", "boundaries", "overheads"]
+__all__ = [
+    "Boundary",
+    "Overhead",
+    "SharedBoundary",
+    "boundaries",
+    "overheads",
+    "shared_boundaries",
+]
 
 _ALGORITHMS: dict[str, Callable[[], CommHookState]] = {
     "LocalSGD": lambda: commhooks.LocalSGD(1, warmup_steps=1),
@@ -40,6 +48,13 @@ _ALGORITHMS: dict[str, Callable[[], CommHookState]] = {
     "DiLoCo, 4 fragments": lambda: commhooks.DiLoCo(1, fragments=4, delay=1, warmup_steps=1),
     "DiLoCo, 4 fragments, plain SGD": lambda: commhooks.DiLoCo(
         1, outer=partial(SGD, lr=1.0), fragments=4, delay=1, warmup_steps=1
+    ),
+}
+# The same with and without islands.
+_SHARED: dict[str, Callable[[int | None], CommHookState]] = {
+    "OverlapLocalSGD": lambda island: commhooks.OverlapLocalSGD(1, warmup_steps=1, island=island),
+    "DiLoCo, carry": lambda island: commhooks.DiLoCo(
+        1, delay=1, merge="carry", warmup_steps=1, island=island
     ),
 }
 # Far from any launch.
@@ -98,6 +113,33 @@ class Boundary:
     transient: float
 
 
+@dataclass(frozen=True)
+class SharedBoundary:
+    """A boundary of ranks that share the model out in an island, beside one where none do.
+
+    Attributes:
+        algorithm: whose.
+        parameters: of the model.
+        island: ranks that share it out.
+        alone_ms: the boundary where every rank is a worker, waiting for the all-reduce left out.
+        gather_ms: time to gather the model inside the island once, from the ranks' shares.
+        shared_ms: the boundary with islands, waiting for the other islands left out.
+        above: by how much that is longer, in units of the gathering; median, least and most.
+        extra_alone: bytes a state keeps without islands, in units of the parameters' bytes.
+        extra_shared: the same with islands.
+    """
+
+    algorithm: str
+    parameters: int
+    island: int
+    alone_ms: float
+    gather_ms: float
+    shared_ms: float
+    above: tuple[float, float, float]
+    extra_alone: float
+    extra_shared: float
+
+
 class _Sum(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -151,53 +193,121 @@ def boundaries(blocks: int, rounds: int) -> Iterator[dict[str, Any]]:
         yield asdict(_boundary(name, build(), blocks, rounds))
 
 
-def _boundary(name: str, state: CommHookState, blocks: int, rounds: int) -> Boundary:
-    model = _model(Pretend(0.0, blocks), 25.0)
-    parameters = [p.detach() for p in model.parameters()]
-    size = sum(p.numel() * p.element_size() for p in parameters)
-    optimizer = _Idle(model.parameters(), {})
-    batch = torch.ones(1, requires_grad=True)
-    copies = [torch.empty_like(p) for p in parameters]
+def shared_boundaries(blocks: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Boundaries of islands, one a machine, beside those where every rank is a worker.
 
-    def land() -> None:
-        while state.stats.rounds_completed < state.stats.rounds_launched:
-            time.sleep(0.001)
-        dist.barrier()
+    On a model of ``blocks`` 0.55 M parameters, both in turn, ``rounds`` times.
+    """
+    island = int(os.environ["LOCAL_WORLD_SIZE"])
+    for name, build in _SHARED.items():
+        yield asdict(_shared_boundary(name, build, island, blocks, rounds))
 
-    state.register(model, optimizer)
-    # A step of warm-up, for the gradients.
-    model(batch).sum().backward()
-    optimizer.step()
-    # The model of the algorithm before was part of a cycle.
-    gc.collect()
-    before = live_bytes()
-    model(batch).sum().backward()
-    optimizer.step()
-    land()
-    after_first = live_bytes()
-    boundary_times, copy_times, transients = [], [], []
+
+def _shared_boundary(
+    name: str, build: Callable[[int | None], CommHookState], island: int, blocks: int, rounds: int
+) -> SharedBoundary:
+    alone, shared = _Idling(build(None), blocks), _Idling(build(island), blocks)
+    group, _ = dist.new_subgroups(group_size=island)  # type: ignore[no-untyped-call]
+    whole = torch.zeros(-(-alone.size // 4 // island) * island)
+    share = whole.chunk(island)[dist.get_rank(group)].clone()
+
+    def gather() -> None:
+        dist.all_gather_single(whole, share, group=group)
+
+    # The first finds connections that are not open yet.
+    gather()
+    times = []
     for _ in range(rounds):
-        model(batch).sum().backward()
+        without, within = alone.boundary(), shared.boundary()
         dist.barrier()
-        resident = reset_peak()
-        waited = state.stats.seconds_exposed
-        boundary = _seconds(optimizer.step)
-        boundary_times.append(boundary - (state.stats.seconds_exposed - waited))
-        land()
-        transients.append(peak_bytes() - resident)
-        copy_times.append(_seconds(lambda: torch._foreach_copy_(copies, parameters)))
+        times.append((without, _seconds(gather), within))
+    without, gathering, within = (statistics.median(column) for column in zip(*times, strict=True))
+    above = [(longer - shorter) / gathering for shorter, _, longer in times]
+    return SharedBoundary(
+        algorithm=name,
+        parameters=alone.size // 4,
+        island=island,
+        alone_ms=without * 1e3,
+        gather_ms=gathering * 1e3,
+        shared_ms=within * 1e3,
+        above=(statistics.median(above), min(above), max(above)),
+        extra_alone=alone.extra / alone.size,
+        extra_shared=shared.extra / shared.size,
+    )
+
+
+def _boundary(name: str, state: CommHookState, blocks: int, rounds: int) -> Boundary:
+    idling = _Idling(state, blocks)
+    copies = [torch.empty_like(p) for p in idling.parameters]
+    boundary_times, copy_times, transients = [], [], []
+    after_first = live_bytes()
+    for _ in range(rounds):
+        boundary_times.append(idling.boundary())
+        transients.append(idling.transient)
+        copy_times.append(_seconds(lambda: torch._foreach_copy_(copies, idling.parameters)))
     grown = live_bytes() - after_first
     copy = statistics.median(copy_times)
     in_copies = [seconds / copy for seconds in boundary_times]
     return Boundary(
         algorithm=name,
-        parameters=size // 4,
+        parameters=idling.size // 4,
         copy_ms=copy * 1e3,
         copies=(statistics.median(in_copies), min(in_copies), max(in_copies)),
-        extra=(after_first - before) / size,
+        extra=idling.extra / idling.size,
         grown=grown,
-        transient=max(transients) / size,
+        transient=max(transients) / idling.size,
     )
+
+
+class _Idling:
+    """A state on a model that computes nothing, with its first round behind it.
+
+    Attributes:
+        parameters: of the model.
+        size: bytes of them.
+        extra: bytes that the state keeps.
+        transient: the most bytes that the last round took besides.
+    """
+
+    def __init__(self, state: CommHookState, blocks: int) -> None:
+        self._state = state
+        self._model = _model(Pretend(0.0, blocks), 25.0)
+        self.parameters = [p.detach() for p in self._model.parameters()]
+        self.size = sum(p.numel() * p.element_size() for p in self.parameters)
+        self.transient = 0
+        self._optimizer = _Idle(self._model.parameters(), {})
+        self._batch = torch.ones(1, requires_grad=True)
+        state.register(self._model, self._optimizer)
+        # A step of warm-up, for the gradients.
+        self._backward()
+        self._optimizer.step()
+        # The model of the algorithm before was part of a cycle.
+        gc.collect()
+        before = live_bytes()
+        self._backward()
+        self._optimizer.step()
+        self._land()
+        self.extra = live_bytes() - before
+
+    def boundary(self) -> float:
+        """Seconds of the next, waiting for the other workers left out."""
+        self._backward()
+        dist.barrier()
+        resident = reset_peak()
+        waited = self._state.stats.seconds_exposed
+        seconds = _seconds(self._optimizer.step)
+        seconds -= self._state.stats.seconds_exposed - waited
+        self._land()
+        self.transient = peak_bytes() - resident
+        return seconds
+
+    def _backward(self) -> None:
+        self._model(self._batch).sum().backward()
+
+    def _land(self) -> None:
+        while self._state.stats.rounds_completed < self._state.stats.rounds_launched:
+            time.sleep(0.001)
+        dist.barrier()
 
 
 def _model(module: nn.Module, cap_mb: float) -> DistributedDataParallel:

@@ -1,5 +1,6 @@
 """All contenders on the same work in the same processes, one after the other, again and again."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -165,12 +166,17 @@ def _turn(plan: Race, contender: Contender, repeat: int) -> list[Sample]:
 def _alone(plan: Race, repeat: int) -> Iterator[Sample]:
     """The model's all-reduce with nothing beside it, spread over tau steps."""
     model = build_load(plan.load, plan.step_seconds, plan.size).model
-    flat = torch.zeros(sum(p.numel() for p in model.parameters()))
+    numbers = sum(p.numel() for p in model.parameters())
+    machine = int(os.environ["LOCAL_WORLD_SIZE"])
+    places = [list(range(place, dist.get_world_size(), machine)) for place in range(machine)]
+    peers, _ = dist.new_subgroups_by_enumeration(places)  # type: ignore[no-untyped-call]
+    share = torch.zeros(numbers // machine)
     for _ in range(plan.windows):
         dist.barrier()
         before = sent_bytes() if plan.counted else 0
         start = time.perf_counter()
-        for work in [dist.all_reduce(b, async_op=True) for b in torch.split(flat, _BUCKET_NUMEL)]:
+        buckets = torch.split(share, _BUCKET_NUMEL)
+        for work in [dist.all_reduce(b, group=peers, async_op=True) for b in buckets]:
             work.wait()
         mine = (
             time.perf_counter() - start,
@@ -190,7 +196,7 @@ def _alone(plan: Race, repeat: int) -> Iterator[Sample]:
             sent=sum(sent) / len(sent) if plan.counted else None,
             peak_sent=None,
             peak=0,
-            parameters=flat.numel() * flat.element_size(),
+            parameters=numbers * share.element_size(),
         )
 
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from benchmark.results import Cell, Line
 
-__all__ = ["boundary_table", "overhead_table", "race_table"]
+__all__ = ["boundary_table", "overhead_table", "race_table", "shared_table"]
 
 
 def race_table(cell: Cell, lines: Sequence[Line], tau: int) -> Table:
@@ -44,11 +44,12 @@ def race_table(cell: Cell, lines: Sequence[Line], tau: int) -> Table:
             f"{line.peak:.1f}",
             str(line.samples),
         )
+    between, sender = ("", "rank") if cell.per_node == 1 else (" between machines", "machine")
     table.caption = (
-        "x no comm.: step time in units of no communication, median of n; exposed, hidden: of one "
-        "averaging of the model, as commhooks counts; sent: by each rank, headers included, on "
-        "average and the most during one step; peak memory: model, gradients and all, in units of "
-        "the parameters"
+        f"x no comm.: step time in units of no communication{between}, median of n; exposed, "
+        f"hidden: of one averaging of the model, as commhooks counts; sent: by each {sender}, "
+        "headers included, on average and the most during one step; peak memory: model, gradients "
+        "and all, in units of the parameters"
     )
     return table
 
@@ -98,6 +99,36 @@ def boundary_table(records: Sequence[Mapping[str, Any]]) -> Table:
             f"{record['extra']:.2f}",
             f"{record['grown'] / 1e3:.0f}",
             f"{record['transient']:.2f}",
+        )
+    return table
+
+
+def shared_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """A boundary of islands, beside one where every rank is a worker."""
+    first = records[0]
+    table = _table(
+        f"A boundary where {first['island']} ranks share {first['parameters'] / 1e6:.1f} M "
+        "parameters out, waiting left out"
+    )
+    table.add_column("")
+    for heading in (
+        "ms, every\nrank alone",
+        "ms,\nislands",
+        "ms to gather\nthe model",
+        "more\n(gatherings)",
+        "min",
+        "max",
+        "kept, alone\n(models)",
+        "kept, islands\n(models)",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for record in records:
+        table.add_row(
+            record["algorithm"],
+            *(f"{record[name]:.1f}" for name in ("alone_ms", "shared_ms", "gather_ms")),
+            *(f"{gatherings:.2f}" for gatherings in record["above"]),
+            f"{record['extra_alone']:.2f}",
+            f"{record['extra_shared']:.2f}",
         )
     return table
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from benchmark.contenders import contenders
-from benchmark.micro import boundaries, overheads
+from benchmark.micro import boundaries, overheads, shared_boundaries
 from benchmark.race import Race, race
 from benchmark.trace import trace
 
@@ -26,6 +26,8 @@ def measurements(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from race(Race(**{**fields, "only": tuple(fields["only"])}), contenders())
     elif kind == "overheads":
         yield from overheads(**fields)
+    elif kind == "shared":
+        yield from shared_boundaries(**fields)
     elif kind == "trace":
         yield from trace(**fields)
     else:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmark.bars import measured_bars
-from benchmark.contenders import DELAYED, STREAMING, TORCHFT_DELAYED
+from benchmark.contenders import DELAYED, FLAT, ISLANDS, STREAMING, TORCHFT_DELAYED
 from benchmark.results import Cell, Line, lines
 from network.sandbox import refusal
 from tests.harness import scaled
@@ -29,16 +29,25 @@ def test_quick_form_measures_every_contender(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = tmp_path.iterdir()
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-    races = [record for record in records if record["measurement"] == "race"]
+    every_race = [record for record in records if record["measurement"] == "race"]
+    races = [record for record in every_race if record["per_node"] == 1]
     names = {record["contender"] for record in races}
     assert {"no communication", "DDP", "accelerate LocalSGD"} < names
-    assert sum(name.startswith("commhooks") for name in names) == 11
+    assert sum(name.startswith("commhooks") for name in names) == 13
     # Every algorithm, and each of its lines, in every cell.
     cells = {(record["ranks"], record["rate"]) for record in races}
     for cell in cells:
         assert names == {r["contender"] for r in races if (r["ranks"], r["rate"]) == cell}
+    machines = {r["contender"]: r for r in every_race if r["per_node"] == 2}
+    assert {"no communication", "DDP", "torch post_localSGD, averager", FLAT} < set(machines)
+    assert sum(name.startswith(ISLANDS) for name in machines) == 4
     assert len([r for r in records if r["measurement"] == "overheads"]) == 6
-    assert len([r for r in records if r["measurement"] == "boundaries"]) == 11
+    assert len([r for r in records if r["measurement"] == "boundaries"]) == 13
+    shared = [r for r in records if r["measurement"] == "shared"]
+    assert [r["algorithm"] for r in shared] == ["OverlapLocalSGD", "DiLoCo, carry"]
+    for record in shared:
+        # Half of the vectors, a model to put the halves together in, and room for a chunk.
+        assert record["extra_shared"] < record["extra_alone"] / 2 + 1.3
     assert (folder / "bench.png").stat().st_size > 10_000
     assert list(folder.glob("wandb/offline-run-*"))
     if refusal() is None:
@@ -50,6 +59,11 @@ def test_quick_form_measures_every_contender(tmp_path: Path) -> None:
         streaming = by_name["commhooks DiLoCo, 4 fragments"]
         assert 1.0 < streaming["sent"] / streaming["parameters"] < 1.15
         assert by_name["no communication"]["sent"] < 0.01 * by_name["DDP"]["parameters"]
+        # A machine's ranks together send every parameter once, and flat ones half as much more.
+        for name, models in ((FLAT, 1.5), (f"{ISLANDS} OverlapLocalSGD", 1.0)):
+            sample = machines[name]
+            assert 0.95 < sample["sent"] / sample["parameters"] / models < 1.10, name
+        assert machines["no communication"]["sent"] < 0.01 * sample["parameters"]
 
 
 def test_a_sample_is_compared_within_its_repeat() -> None:
@@ -79,6 +93,21 @@ def test_what_streaming_sends_in_a_step_is_compared_where_no_link_spreads_it() -
     assert ours.measured == "1.002 to 1.005"
     (theirs,) = (bar for what, bar in bars.items() if "torchft" in what)
     assert theirs.measured == "1.200"
+
+
+def test_islands_are_held_to_what_they_share_out() -> None:
+    shared = {
+        "algorithm": "LocalSGD",
+        "parameters": 25 * 2**18,
+        "island": 4,
+        "above": (0.5, 0.2, 1.5),
+        "extra_alone": 4.0,
+        "extra_shared": 2.25,
+    }
+    boundary, memory = measured_bars({}, {"shared": [shared]})
+    assert (boundary.bar, boundary.measured) == ("at most 1", "0.50")
+    # A model is a bucket here, and the islands keep a quarter of one more than they should.
+    assert (memory.bar, memory.measured) == ("at most 1", "0.25")
 
 
 def _line(contender: str, peak_sent: float, multiple: float) -> Line:
