@@ -118,8 +118,6 @@ class GradientAverager:
         """
         if self._failures:
             raise RuntimeError(self._failures[0])
-        # They hold DDP's buckets, which DDP may be about to build anew.
-        self._promises = [promise for promise in self._promises if not promise.future.done()]
 
     def release(self) -> None:
         """Behind a backward: keep no gradient alive, whose memory DDP may give back.
