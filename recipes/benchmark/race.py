@@ -291,6 +291,8 @@ class _Turn:
             return
         while state.stats.rounds_completed < state.stats.rounds_launched:
             time.sleep(0.01)
+        # The other ranks of a machine may still be sending over the link whose bytes are counted.
+        dist.barrier()
 
     def _count(self) -> int:
         return sent_bytes() if self._plan.counted else 0
