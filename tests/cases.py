@@ -1,6 +1,7 @@
 """One training run as plain values, so that ranks and the reference run the same."""
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from tests.workload import (
     Backward,
     MakeModel,
     MakeOptimizers,
+    adamw,
     gradient,
     nesterov_sgd,
     ragged_model,
@@ -115,6 +117,22 @@ def with_tau(algorithm: str, tau: int) -> Iterator[dict[str, Any]]:
     """Every choice of hyper-parameters of ``algorithm``, at this ``tau`` where it has one."""
     for arguments in ALGORITHMS[algorithm]:
         yield dict(arguments) if algorithm == "AllReduce" else {"tau": tau, **arguments}
+
+
+def of_every_algorithm(
+    times: Iterable[tuple[int, int]], algorithms: Iterable[str] = ALGORITHMS, **settings: Any
+) -> Iterator[Case]:
+    """Every choice of hyper-parameters at each tau and warm-up, each past its third boundary."""
+    for algorithm, (tau, warmup_steps) in itertools.product(algorithms, times):
+        for arguments in with_tau(algorithm, tau):
+            yield Case(
+                algorithm,
+                arguments,
+                warmup_steps,
+                adamw if warmup_steps else nesterov_sgd,
+                steps=warmup_steps + 3 * tau + 2,
+                **settings,
+            )
 
 
 def one_case(algorithm: str, tau: int, **settings: Any) -> Case:

@@ -109,11 +109,11 @@ def test_comparing_the_ranks_of_an_island_takes_no_memory(dtype: torch.dtype) ->
     """torch sums int32 in a copy of int64: two models' worth at every boundary."""
     (bucket,) = build_buckets([torch.ones(1000, 100, dtype=dtype)], 2**20)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        bits = int(bucket.bits())
+        bits = int(bucket.fingerprint())
     assert max(event.cpu_memory_usage for event in profiler.key_averages()) < 1000
     # One bit of one number makes another.
     bucket.tensors[0][500, 50] = 1 + 2**-23
-    assert int(bucket.bits()) != bits
+    assert int(bucket.fingerprint()) != bits
 
 
 def train_with_callbacks_released_late(algorithm: str) -> None:

@@ -79,18 +79,7 @@ FINISHES: Sequence[Sequence[int]] = ([1, 2], [4], [5, 10], [6])
 
 
 def finished_and_continued(cases: Sequence[Case], form: Form) -> list[list[Tensor]]:
-    return [_finished(Trainer(case, form), steps) for case in cases for steps in FINISHES]
-
-
-def _finished(trainer: Trainer, finish_after: Sequence[int]) -> list[Tensor]:
-    """The parameters after every step, and after `finish` where it is called."""
-    steps = []
-    for step in range(1, trainer.case.steps + 1):
-        steps.append(trainer.step())
-        if step in finish_after:
-            trainer.state.finish()
-            steps.append(trainer.x)
-    return steps
+    return [Trainer(case, form).finishing(steps) for case in cases for steps in FINISHES]
 
 
 @pytest.mark.parametrize("form", ["register", "hook"])

@@ -75,6 +75,16 @@ class Trainer:
         self.optimize()
         return self.x
 
+    def finishing(self, after: Sequence[int]) -> list[Tensor]:
+        """The parameters after every step, and after ``finish`` behind those in ``after``."""
+        seen = []
+        for step in range(1, self.case.steps + 1):
+            seen.append(self.step())
+            if step in after:
+                self.state.finish()
+                seen.append(self.x)
+        return seen
+
     def saved(self) -> dict[str, Any]:
         """What a user saves of one rank."""
         return copy.deepcopy(

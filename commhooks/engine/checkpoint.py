@@ -127,10 +127,10 @@ def check_values(
             _check_rates(part.get("rates"), rules, fragment, where, launched=launched)
             _check_vectors(_mapping(part, "vectors"), vectors, fragment, where)
             # Of an empty share nothing is kept.
-            keeper = rules if fragment.alike else Rules()
+            keeper = rules if fragment.templates else Rules()
             sizes = None if pieces is None else pieces[number]
             _check_wires(part.get("wires"), rules, fragment, sizes, f"{where}.wires")
-            keeper.check_kept(fragment.alike, part.get("kept"), launched=launched)
+            keeper.check_kept(fragment.templates, part.get("kept"), launched=launched)
 
 
 def _check_wires(
@@ -145,9 +145,9 @@ def _check_wires(
         return
     if not isinstance(saved, Mapping) or set(saved) != {"e", "E", "r"} or rules.compression is None:
         _refuse(where, "what compressed rounds leave over", saved)
-    _check_tensors(saved["e"], fragment.alike, f"{where}.e")
+    _check_tensors(saved["e"], fragment.templates, f"{where}.e")
     _check_tensors(
-        saved["r"], [] if rules.contributes_differences else fragment.alike, f"{where}.r"
+        saved["r"], [] if rules.contributes_differences else fragment.templates, f"{where}.r"
     )
     if pieces is not None:
         dtypes = [bucket.dtype for bucket in fragment.buckets]
@@ -214,7 +214,7 @@ def _check_vectors(
     if set(saved) != set(names):
         _refuse(f"{where}.vectors", f"the vectors {sorted(names)}", sorted(map(str, saved)))
     for name, parts in saved.items():
-        _check_tensors(parts, fragment.alike, f"{where}.vectors[{name!r}]")
+        _check_tensors(parts, fragment.templates, f"{where}.vectors[{name!r}]")
 
 
 def _check_tensors(saved: object, alike: Sequence[Tensor], where: str) -> None:

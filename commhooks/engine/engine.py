@@ -648,23 +648,19 @@ class Engine:
         if not (references or self._sharded) or self.layout.m == 1:
             return
         self._call("the first local step")
+        fingerprint = sum(int(fragment.fingerprint) for fragment in self._fragments)
         try:
-            bits = sum(int(fragment.bits) for fragment in self._fragments)
-            everyone, islands = self.links.everyone, self.layout.islands
-            told = dict(zip(everyone.ranks, everyone.tell(bits), strict=True))
-            # The ranks at one place, which average with one another.
-            if any(len({told[rank] for rank in peers}) > 1 for peers in zip(*islands, strict=True)):
-                if self._sharded:
-                    self._call.fail(
-                        "the islands begin the local steps with different parameters. Give every "
-                        "island the same ones before: the same seed, or the same checkpoint."
-                    )
+            apart = self.links.peers_differ(fingerprint)
+            if apart and not self._sharded:
                 for future in [self.links.peers.broadcast(r) for r in references]:
                     future.wait()
         except RuntimeError as error:
-            if isinstance(error, RoundError):
-                raise
             self._call.fail(str(error))
+        if apart and self._sharded:
+            self._call.fail(
+                "the islands begin the local steps with different parameters. Give every island "
+                "the same ones before: the same seed, or the same checkpoint."
+            )
 
     def _start(self) -> None:
         for fragment in self._fragments:
@@ -694,10 +690,10 @@ class Engine:
         self._reshard()
         refusal = self._check()
         probes: list[Tensor] = []
-        bits: int | Tensor = 0
+        fingerprint: int | Tensor = 0
         if refusal is None:
             try:
-                bits = fragment.bits if self._sharing is not None else 0
+                fingerprint = fragment.fingerprint if self._sharing is not None else 0
                 fragment.prepare(self._rules, self._rates)
                 names = ("mix", "contribute") if mix_first else ("contribute",)
                 probes = fragment.sweep(self._rules, *names)
@@ -716,7 +712,7 @@ class Engine:
             fragment.kept,
             probes,
             refusal,
-            bits,
+            fingerprint,
         )
         self._sending.append(fragment.round)
         fragment.schedule.launched()

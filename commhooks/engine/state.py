@@ -108,7 +108,7 @@ class CommHookState(Rules, Joinable):
         compression: what a round sends: "bf16", "int8" or "int4", a half, a quarter or an eighth of
             the bytes; None sends fp32. It is a difference to the last mean that is rounded, with a
             scale for every 256 numbers, and what is rounded off is sent in later rounds. Takes 2 to
-            3 models of memory more.
+            4 models of memory more (``docs/slow-links.md`` counts them).
 
     Raises:
         HyperParameterError: an argument has the wrong type or lies outside its range.

@@ -41,7 +41,6 @@ _VECTORS = {
     "DiLoCo, 4 fragments, plain SGD": 2,
 }
 _BUCKET_BYTES = 25 * 2**20
-_IN_FULL = "commhooks OverlapLocalSGD"
 
 
 @dataclass(frozen=True)
@@ -90,36 +89,28 @@ def _of_races(cells: Mapping[Cell, Mapping[str, Line]]) -> Iterator[Bar]:
             paced += [multiple / alone for multiple in overlapped]
         if "DDP" in found and (cell.ranks, cell.rate) == (2, "200mbit"):
             faster += [found["DDP"].multiple[0] / multiple for multiple in overlapped]
-        ideal = 2 * (cell.ranks - 1) / cell.ranks
-        sent += [
-            line.sent / (ideal * line.parameters)
-            for line in ours
-            if line.sent is not None and line.kind != "step" and cell.rate != "unshaped"
-        ]
-    if hidden:
-        yield Bar(
-            "overlapped, where tau steps take 1.2 x the all-reduce or more: x no communication",
-            "at most 1.01",
-            _range(hidden, 3),
-        )
-    if faster:
-        yield Bar(
-            "overlapped, 2 ranks at 200mbit: times faster than DDP",
-            "at least 5.8",
-            _range(faster, 2),
-        )
-    if paced:
-        yield Bar(
-            "overlapped, where the all-reduce takes longer than tau steps: x the all-reduce alone",
-            "at most 1.03",
-            _range(paced, 3),
-        )
-    if sent:
-        yield Bar(
-            "bytes on a shaped wire a round, headers included: x 2 (m - 1) / m x the parameters",
-            "at most 1.06",
-            _range(sent, 3),
-        )
+        sent += _sent([line for line in ours if line.kind != "step"], cell, cell.ranks)
+    yield from _bar(
+        "overlapped, where tau steps take 1.2 x the all-reduce or more: x no communication",
+        "at most 1.01",
+        hidden,
+        3,
+    )
+    yield from _bar(
+        "overlapped, 2 ranks at 200mbit: times faster than DDP", "at least 5.8", faster, 2
+    )
+    yield from _bar(
+        "overlapped, where the all-reduce takes longer than tau steps: x the all-reduce alone",
+        "at most 1.03",
+        paced,
+        3,
+    )
+    yield from _bar(
+        "bytes on a shaped wire a round, headers included: x 2 (m - 1) / m x the parameters",
+        "at most 1.06",
+        sent,
+        3,
+    )
 
 
 def _of_diloco(cells: Mapping[Cell, Mapping[str, Line]]) -> Iterator[Bar]:
@@ -132,20 +123,19 @@ def _of_diloco(cells: Mapping[Cell, Mapping[str, Line]]) -> Iterator[Bar]:
         # A shaped link spreads what one step launches over several.
         if cell.rate == "unshaped" and one and four:
             peaks.append(four / one)
-    if ours:
-        yield Bar(
-            "DiLoCo with delay=tau and with 4 fragments, 2 ranks at 200mbit: x no communication",
-            "at most 1.01",
-            _range(ours, 3),
-        )
-    if theirs:
-        yield Bar("torchft's delayed DiLoCo beside them", "none", _range(theirs, 3))
-    if peaks:
-        yield Bar(
-            "DiLoCo with 4 fragments, unshaped: the most sent during one step, x one fragment's",
-            "at most 0.3",
-            _range(peaks, 2),
-        )
+    yield from _bar(
+        "DiLoCo with delay=tau and with 4 fragments, 2 ranks at 200mbit: x no communication",
+        "at most 1.01",
+        ours,
+        3,
+    )
+    yield from _bar("torchft's delayed DiLoCo beside them", "none", theirs, 3)
+    yield from _bar(
+        "DiLoCo with 4 fragments, unshaped: the most sent during one step, x one fragment's",
+        "at most 0.3",
+        peaks,
+        2,
+    )
 
 
 def _of_compression(cells: Mapping[Cell, Mapping[str, Line]]) -> Iterator[Bar]:
@@ -158,27 +148,23 @@ def _of_compression(cells: Mapping[Cell, Mapping[str, Line]]) -> Iterator[Bar]:
             if (cell.ranks, cell.rate) == (ranks, rate) and name in found:
                 beside = found["DDP, PowerSGD"].multiple[0] if "DDP, PowerSGD" in found else None
                 tau = f", tau={cell.tau}" if cell.tau else ""
-                yield Bar(
-                    f"{name.rpartition(' ')[2]}, {ranks} ranks at {rate}{tau}: x no communication"
-                    + (f" (PowerSGD: {beside:.2f})" if beside else ""),
-                    f"at most {bar}",
-                    _range([found[name].multiple[0]], 3),
-                )
+                what = f"{_kind(name)}, {ranks} ranks at {rate}{tau}: x no communication"
+                if beside is not None:
+                    what += f" (PowerSGD: {beside:.2f})"
+                yield from _bar(what, f"at most {bar}", [found[name].multiple[0]], 3)
     for name, bar in ((INT8, 0.27), (INT4, 0.14)):
-        shares = [
-            found[name].sent / full  # type: ignore[operator] # tested below
+        sent = [
+            share
             for cell, found in cells.items()
             if name in found
-            and found[name].sent is not None
-            and cell.rate != "unshaped"
-            and (full := found[_IN_FULL].sent if _IN_FULL in found else None)
+            for share in _sent([found[name]], cell, cell.ranks)
         ]
-        if shares:
-            yield Bar(
-                f"{name.rpartition(' ')[2]}: bytes on the wire a round, x fp32's",
-                f"at most {bar}",
-                _range(shares, 3),
-            )
+        what = f"{_kind(name)}: bytes on a shaped wire a round, headers included: x fp32's without"
+        yield from _bar(what, f"at most {bar}", sent, 3)
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(" ")[2]
 
 
 def _of_islands(cells: Mapping[Cell, Mapping[str, Line]]) -> Iterator[Bar]:
@@ -186,26 +172,18 @@ def _of_islands(cells: Mapping[Cell, Mapping[str, Line]]) -> Iterator[Bar]:
     for cell, found in cells.items():
         ours = [line for name, line in found.items() if name.startswith(ISLANDS)]
         multiples += [line.multiple[0] for line in ours if line.kind == "overlapped"]
-        m = cell.ranks // cell.per_node
         # The ranks of a machine together, each of which sends its share of the model.
-        ideal = 2 * (m - 1) / m
-        sent += [
-            line.sent / (ideal * line.parameters)
-            for line in ours
-            if line.sent is not None and cell.rate != "unshaped" and "int" not in line.contender
-        ]
-    if multiples:
-        yield Bar(
-            "overlapped with islands: x no communication between machines",
-            "at most 1.02",
-            _range(multiples, 3),
-        )
-    if sent:
-        yield Bar(
-            "bytes over a machine's link a round: x 2 (m - 1) / m x the parameters",
-            "at most 1.06",
-            _range(sent, 3),
-        )
+        full = [line for line in ours if "int" not in line.contender]
+        sent += _sent(full, cell, cell.ranks // cell.per_node)
+    yield from _bar(
+        "overlapped with islands: x no communication between machines", "at most 1.02", multiples, 3
+    )
+    yield from _bar(
+        "bytes over a machine's link a round: x 2 (m - 1) / m x the parameters",
+        "at most 1.06",
+        sent,
+        3,
+    )
 
 
 def _of_micro(micro: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Bar]:
@@ -222,45 +200,58 @@ def _of_micro(micro: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[Bar]
             [r["difference_us"] for r in overheads if "fragments" in r["state"]],
         ),
     ):
-        if times:
-            yield Bar(what, bar, _range(times, 0))
+        yield from _bar(what, bar, times, 0)
     boundaries = micro.get("boundaries", ())
     for what, bar, compressed in (
         ("a boundary, all-reduce done: x a copy of the parameters", "at most 4", False),
         ("the same with int8 and int4", "at most 8", True),
     ):
         copies = [r["copies"][0] for r in boundaries if ("int" in r["algorithm"]) == compressed]
-        if copies:
-            yield Bar(what, bar, _range(copies, 2))
+        yield from _bar(what, bar, copies, 2)
     above = [
         (record["extra"] - _VECTORS[record["algorithm"]]) * 4 * record["parameters"] / _BUCKET_BYTES
         for record in boundaries
     ]
-    if above:
-        yield Bar(
-            "memory kept above what the algorithm says (1 to 4 models): buckets of 25 MiB",
-            "at most 1",
-            _range(above, 2),
-        )
+    yield from _bar(
+        "memory kept above what the algorithm says (1 to 4 models): buckets of 25 MiB",
+        "at most 1",
+        above,
+        2,
+    )
 
 
 def _of_shared(records: Sequence[Mapping[str, Any]]) -> Iterator[Bar]:
-    if not records:
-        return
-    yield Bar(
+    yield from _bar(
         "a boundary of islands, above that of ranks alone: x gathering the model in the island",
         "at most 1",
-        _range([record["above"][0] for record in records], 2),
+        [record["above"][0] for record in records],
+        2,
     )
     above = [
         (r["extra_shared"] - r["extra_alone"] / r["island"] - 1) * 4 * r["parameters"]
         for r in records
     ]
-    yield Bar(
+    yield from _bar(
         "memory of islands above 1/L of what ranks alone keep and one model: buckets of 25 MiB",
         "at most 1",
-        _range([most / _BUCKET_BYTES for most in above], 2),
+        [most / _BUCKET_BYTES for most in above],
+        2,
     )
+
+
+def _sent(lines: Sequence[Line], cell: Cell, m: int) -> list[float]:
+    """What each put on a shaped link for one averaging, x that of a ring over ``m`` workers."""
+    if cell.rate == "unshaped":
+        return []
+    ideal = 2 * (m - 1) / m
+    return [line.sent / (ideal * line.parameters) for line in lines if line.sent is not None]
+
+
+def _bar(what: str, bar: str, values: Sequence[float], digits: int) -> Iterator[Bar]:
+    """One line, if there is anything to say in it."""
+    if values:
+        least, most = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+        yield Bar(what, bar, least if least == most else f"{least} to {most}")
 
 
 def bars_table(bars: Sequence[Bar]) -> Table:
@@ -272,8 +263,3 @@ def bars_table(bars: Sequence[Bar]) -> Table:
     for bar in bars:
         table.add_row(bar.what, bar.bar, bar.measured)
     return table
-
-
-def _range(values: Sequence[float], digits: int) -> str:
-    least, most = (f"{value:.{digits}f}" for value in (min(values), max(values)))
-    return least if least == most else f"{least} to {most}"

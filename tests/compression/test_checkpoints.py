@@ -2,62 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import SGD
 
 import commhooks
 from tests.cases import Case
 from tests.compression.test_trajectories import wide_model
+from tests.diloco.family import in_flight
 from tests.harness import run_ranks
+from tests.test_checkpoint import resumed_at_every_step
 from tests.training import Trainer
 
 CASES = [
-    Case(algorithm, arguments, model=wide_model, steps=10, compression=kind, cap_mb=25.0)
+    case
     for kind in ("int8", "int4")
-    for algorithm, arguments in (
-        ("OverlapLocalSGD", {"tau": 3, "beta": 0.5}),
-        (
-            "DiLoCo",
-            {
-                "tau": 4,
-                "fragments": 2,
-                "delay": 3,
-                "merge": "carry",
-                "outer": partial(SGD, lr=0.6, momentum=0.7),
-            },
-        ),
-    )
+    for case in in_flight(model=wide_model, compression=kind, cap_mb=25.0)
 ]
 
 
-def resumed(case: Case) -> tuple[list[Tensor], list[list[Tensor]]]:
-    trainer = Trainer(case)
-    steps, saved = [], []
-    for _ in range(case.steps):
-        steps.append(trainer.step())
-        saved.append(trainer.saved())
-    ends = []
-    for step, values in enumerate(saved, start=1):
-        other = Trainer(case)
-        other.go_on(values, step)
-        ends.append(steps[:step] + [other.step() for _ in range(case.steps - step)])
-    return steps, ends
-
-
-def resumed_all() -> list[tuple[list[Tensor], list[list[Tensor]]]]:
-    return [resumed(case) for case in CASES]
-
-
 def test_resumes_bit_for_bit_from_every_step() -> None:
-    for rank in run_ranks(resumed_all, 3):
-        for steps, ends in rank:
-            for end in ends:
-                assert all(torch.equal(a, b) for a, b in zip(end, steps, strict=True))
+    run_ranks(resumed_at_every_step, 3, CASES, "register", timeout=100.0)
 
 
 def saved_midway(case: Case) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Pins every step of compressed rounds to the reference: what is rounded, what is sent later."""
 
-import itertools
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -10,13 +8,13 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from tests.cases import PERIODIC, Case, with_tau
-from tests.diloco.family import ADAMW, NESTEROV
+from tests.cases import PERIODIC, Case, of_every_algorithm
+from tests.diloco.family import ADAMW, NESTEROV, Outer, of_tau_four
 from tests.expected import assert_ranks_follow
 from tests.harness import run_ranks
 from tests.sharded.training import TIDY, sharded_trajectories
 from tests.training import trajectories
-from tests.workload import adamw, initialise, nesterov_sgd
+from tests.workload import initialise
 
 
 def _small(model: nn.Module) -> nn.Module:
@@ -37,21 +35,10 @@ def wide_model(dtype: torch.dtype) -> nn.Module:
     return _small(model).to(dtype)
 
 
-def cases(kind: str, **settings: Any) -> Iterator[Case]:
-    """Every algorithm, each past its third landing, in one bucket."""
-    both: dict[str, Any] = {"dtype": torch.float64, "model": wide_model, "cap_mb": 25.0}
-    both |= settings
-    for algorithm, (tau, warmup_steps) in itertools.product(PERIODIC, ((1, 2), (3, 0))):
-        for arguments in with_tau(algorithm, tau):
-            yield Case(
-                algorithm,
-                arguments,
-                warmup_steps,
-                adamw if warmup_steps else nesterov_sgd,
-                steps=warmup_steps + 3 * tau + 2,
-                compression=kind,
-                **both,
-            )
+def cases(kind: str, **settings: Any) -> list[Case]:
+    """Every algorithm that averages parameters, in one bucket, which the reference has too."""
+    settings = {"dtype": torch.float64, "model": wide_model, "cap_mb": 25.0, **settings}
+    return list(of_every_algorithm(((1, 2), (3, 0)), PERIODIC, compression=kind, **settings))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -62,39 +49,38 @@ def test_every_step_follows_the_equations(size: int) -> None:
 
 def test_several_fragments_in_flight() -> None:
     """Second shots of one fragment and first ones of another are under way at once."""
-    outers = (NESTEROV, ADAMW, partial(SGD, lr=1.0))
-    merges: tuple[dict[str, Any], ...] = ({}, {"alpha": 0.4}, {"merge": "carry"})
+    chosen: list[tuple[Outer, dict[str, Any]]] = [
+        (NESTEROV, {}),
+        (ADAMW, {"alpha": 0.4}),
+        (partial(SGD, lr=1.0), {"merge": "carry"}),
+    ]
     todo = [
-        Case(
-            "DiLoCo",
-            {"tau": 4, "fragments": fragments, "delay": delay, "outer": outer, **merge},
-            dtype=torch.float64,
+        case
+        for kind in KINDS
+        for case in of_tau_four(
+            chosen,
+            ((2, 3), (4, 4), (3, 0), (4, 1)),
             model=wide_model,
-            steps=14,
             compression=kind,
             cap_mb=25.0,
         )
-        for kind in KINDS
-        for outer, merge in zip(outers, merges, strict=True)
-        for fragments, delay in ((2, 3), (4, 4), (3, 0), (4, 1))
-        if (delay, merge) != (4, {})
     ]
     assert_ranks_follow(todo, run_ranks(trajectories, 4, todo))
 
 
-def test_between_islands_of_one_rank_each_share() -> None:
-    """A rank's share of the model is what its blocks are cut from: whole blocks here."""
-    todo = list(cases("int8", island=2, model=even_model))
+def test_between_islands() -> None:
+    """Each share is cut into blocks of its own; of this model they are the reference's blocks."""
+    todo = cases("int8", island=2, model=even_model)
     assert_ranks_follow(todo, run_ranks(trajectories, 4, todo))
 
 
 def even_model(dtype: torch.dtype) -> nn.Module:
-    """4,608 numbers: two shares of nine blocks."""
+    """4,608 numbers: two shares of nine whole blocks."""
     model = nn.Sequential(nn.Linear(5, 512), nn.Tanh(), nn.Linear(512, 3, bias=False))
     return _small(model).to(dtype)
 
 
 def test_between_sharded_models() -> None:
-    """With one number to a shard's block, rounding to bf16 is the same however they are cut."""
-    todo = list(cases("bf16", island=2))
+    """bf16 has no blocks, and rounds the same however the model is cut into shards."""
+    todo = cases("bf16", island=2)
     assert_ranks_follow(todo, run_ranks(sharded_trajectories, 4, todo, tidy=TIDY))

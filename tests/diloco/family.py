@@ -1,6 +1,7 @@
 """Models, outer optimizers and cases that the tests of DiLoCo share."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,4 +42,30 @@ def streaming(**settings: Any) -> list[Case]:
             {"tau": 3, "fragments": 3, "delay": 3, "outer": ADAMW, "merge": "carry"},
             {"tau": 5, "fragments": 5, "delay": 2, "outer": ADAFACTOR},
         )
+    ]
+
+
+def of_tau_four(
+    chosen: Iterable[tuple[Outer, dict[str, Any]]],
+    times: Iterable[tuple[int, int]],
+    **settings: Any,
+) -> list[Case]:
+    """Each pair of an outer optimizer and a merge with each number of fragments and delay."""
+    settings = {"model": deep_model, "dtype": torch.float64, "steps": 14, **settings}
+    return [
+        Case(
+            "DiLoCo",
+            {"tau": 4, "fragments": fragments, "delay": delay, "outer": outer, **merge},
+            **settings,
+        )
+        for (outer, merge), (fragments, delay) in itertools.product(chosen, times)
+    ]
+
+
+def in_flight(**settings: Any) -> list[Case]:
+    """A round that lands at the next launch, and two that overlap and carry on."""
+    carried = {"tau": 4, "fragments": 2, "delay": 3, "merge": "carry", "outer": HEAVY_BALL}
+    return [
+        Case("OverlapLocalSGD", {"tau": 3, "beta": 0.5}, steps=10, **settings),
+        Case("DiLoCo", carried, steps=10, **settings),
     ]

@@ -72,7 +72,7 @@ def z_and_outer(state: Mapping[str, Any]) -> list[tuple[list[Tensor], Any]]:
 
 
 def save_consensus(cases: Sequence[Case], steps: int) -> list[bytes]:
-    """What rank 0 saves: the consensus model, and the state as it is outside of it."""
+    """What this rank saves: the consensus model, and its state as it is outside of it."""
     files = []
     for case in cases:
         trainer = Trainer(case)

@@ -106,17 +106,7 @@ def test_averaged_shows_the_mean_and_disturbs_nothing(size: int, form: Form) -> 
 
 
 def finished_after(cases: Sequence[Case], after: Sequence[int], form: Form) -> list[list[Tensor]]:
-    runs = []
-    for case in cases:
-        trainer = Trainer(case, form)
-        steps = []
-        for step in range(1, case.steps + 1):
-            steps.append(trainer.step())
-            if step in after:
-                trainer.state.finish()
-                steps.append(trainer.x)
-        runs.append(steps)
-    return runs
+    return [Trainer(case, form).finishing(after) for case in cases]
 
 
 @pytest.mark.parametrize("form", ["register", "hook"])

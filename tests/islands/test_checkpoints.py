@@ -22,7 +22,7 @@ from tests.checkpoint.test_accelerate import resume_elsewhere, save_and_tell, ve
 from tests.checkpoint.test_damaged import same
 from tests.checkpoint.test_fresh_processes import assert_same, resume, train_and_save
 from tests.diloco.family import streaming
-from tests.diloco.test_checkpoints import z_and_outer
+from tests.diloco.test_checkpoints import save_consensus, z_and_outer
 from tests.expected import assert_follows, reference_workers
 from tests.harness import run_ranks
 from tests.optimizers.warnings_of import logged_warnings
@@ -61,22 +61,6 @@ def test_fresh_processes_go_on_bit_for_bit(tmp_path: Path) -> None:
 
 SAVED = 8
 """Steps after which to save."""
-
-
-def save_consensus(cases: Sequence[Case]) -> list[bytes]:
-    """What this rank saves: the consensus model, and its state as it is outside of it."""
-    files = []
-    for case in cases:
-        trainer = Trainer(case)
-        for _ in range(SAVED):
-            trainer.step()
-        values = {"state": trainer.state.state_dict()}
-        with trainer.state.averaged():
-            values["model"] = trainer.model.state_dict()
-            file = io.BytesIO()
-            torch.save(values, file)
-        files.append(file.getvalue())
-    return files
 
 
 class Elsewhere(NamedTuple):
@@ -145,7 +129,7 @@ def _trained(case: Case, size: int) -> Workers:
 def test_on_another_number_of_islands_the_anchor_goes_on(before: int, now: int) -> None:
     """Saved with rounds of several fragments in flight; a rank of any island has the share."""
     todo = in_islands()
-    saved = run_ranks(save_consensus, before, todo)
+    saved = run_ranks(save_consensus, before, todo, SAVED)
     for at in range(0, before, 2):
         for case, *ranks in zip(todo, *run_ranks(go_on, now, todo, saved, at), strict=True):
             assert all(run.kept for run in ranks), str(case)
@@ -158,7 +142,7 @@ def test_on_another_number_of_islands_the_anchor_goes_on(before: int, now: int) 
 @pytest.mark.parametrize(("now", "island"), [(4, 4), (4, 1), (2, 1)])
 def test_in_islands_of_another_size_it_starts_anew(now: int, island: int) -> None:
     todo = [replace(case, island=island) for case in in_islands()]
-    saved = run_ranks(save_consensus, 4, in_islands())
+    saved = run_ranks(save_consensus, 4, in_islands(), SAVED)
     for case, *ranks in zip(todo, *run_ranks(go_on, now, todo, saved, 0), strict=True):
         for run in ranks:
             assert not run.kept
@@ -171,7 +155,7 @@ def test_in_islands_of_another_size_it_starts_anew(now: int, island: int) -> Non
 
 def test_vectors_of_one_worker_alone_do_not_travel() -> None:
     todo = [Case("CoCoDSGD", {"tau": 3}, dtype=torch.float64, island=2)]
-    saved = run_ranks(save_consensus, 4, todo)
+    saved = run_ranks(save_consensus, 4, todo, SAVED)
     ends = run_ranks(go_on, 2, todo, saved, 0)
     for run in (runs[0] for runs in ends):
         assert "it starts anew from the parameters" in run.warnings
@@ -202,7 +186,7 @@ def given_another_place(cases: Sequence[Case], saved: Sequence[Sequence[bytes]])
 def test_a_dictionary_of_another_place_is_refused() -> None:
     """Half of an island would have gone on, and half started anew."""
     todo = in_islands()[2:]
-    saved = run_ranks(save_consensus, 4, todo)
+    saved = run_ranks(save_consensus, 4, todo, SAVED)
     first, second = run_ranks(given_another_place, 2, todo, saved)
     assert not any(first)
     for message in second:

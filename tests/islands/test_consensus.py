@@ -21,7 +21,7 @@ from tests.expected import (
 )
 from tests.harness import run_ranks
 from tests.reference import AllReduce
-from tests.test_consensus import Seen, averaged_at_every_step
+from tests.test_consensus import Seen, averaged_at_every_step, nested_blocks
 from tests.training import Trainer, trajectories, wrapped
 
 
@@ -65,26 +65,7 @@ def test_the_bare_form_has_islands_too() -> None:
 
 
 def nested(todo: Sequence[Case]) -> list[list[bool]]:
-    runs = []
-    for case in todo:
-        trainer = Trainer(case)
-        for _ in range(4):
-            trainer.step()
-        mine = trainer.x
-        with trainer.state.averaged():
-            outer = trainer.x
-            with trainer.state.averaged():
-                inner = trainer.x
-            after_inner = trainer.x
-        runs.append(
-            [
-                torch.equal(outer, inner),
-                torch.equal(outer, after_inner),
-                not torch.equal(outer, mine),
-                torch.equal(trainer.x, mine),
-            ]
-        )
-    return runs
+    return [nested_blocks(case) for case in todo]
 
 
 def test_nested_blocks_are_one() -> None:
@@ -98,18 +79,7 @@ FINISHES: Sequence[Sequence[int]] = ([1, 2], [4, 10], [5])
 
 
 def finished(todo: Sequence[Case]) -> list[list[Tensor]]:
-    runs = []
-    for case in todo:
-        for finish_after in FINISHES:
-            trainer = Trainer(case)
-            steps = []
-            for step in range(1, case.steps + 1):
-                steps.append(trainer.step())
-                if step in finish_after:
-                    trainer.state.finish()
-                    steps.append(trainer.x)
-            runs.append(steps)
-    return runs
+    return [Trainer(case).finishing(after) for case in todo for after in FINISHES]
 
 
 def test_finish_ends_on_the_mean_and_training_goes_on() -> None:

@@ -1,7 +1,6 @@
 """Pins every step of ranks in islands to the reference, in which an island is one worker."""
 
 import itertools
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -9,40 +8,30 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from tests.cases import ALGORITHMS, Case, with_tau
-from tests.diloco.family import ADAFACTOR, ADAMW, MERGES, NESTEROV, deep_model
+from tests.cases import Case, of_every_algorithm
+from tests.diloco.family import ADAFACTOR, ADAMW, MERGES, NESTEROV, deep_model, of_tau_four
 from tests.expected import assert_ranks_follow
 from tests.harness import run_ranks
 from tests.training import trajectories
-from tests.workload import InItsOwnDtype, adamw, initialise, nesterov_sgd
+from tests.workload import InItsOwnDtype, adamw, initialise
 
 
-def cases(island: int, dtype: torch.dtype = torch.float64) -> Iterator[Case]:
-    """Every algorithm, with and without warm-up, each past its third boundary."""
-    for algorithm, tau, warmup_steps in itertools.product(ALGORITHMS, (1, 3), (0, 2)):
-        for arguments in with_tau(algorithm, tau):
-            yield Case(
-                algorithm,
-                arguments,
-                warmup_steps,
-                adamw if warmup_steps else nesterov_sgd,
-                dtype,
-                warmup_steps + 3 * tau + 2,
-                deep_model,
-                island=island,
-            )
+def cases(island: int, dtype: torch.dtype = torch.float64) -> list[Case]:
+    """Every algorithm, with and without warm-up."""
+    times = itertools.product((1, 3), (0, 2))
+    return list(of_every_algorithm(times, dtype=dtype, model=deep_model, island=island))
 
 
 @pytest.mark.parametrize(("size", "island"), [(4, 2), (6, 2), (4, 4), (2, 1)])
 def test_every_step_follows_the_equations(size: int, island: int) -> None:
-    todo = list(cases(island))
+    todo = cases(island)
     ranks = run_ranks(trajectories, size, todo)
     assert_ranks_follow(todo, ranks)
     _assert_islands_agree(ranks, island)
 
 
 def test_single_precision_in_islands_of_three() -> None:
-    todo = list(cases(3, torch.float32))
+    todo = cases(3, torch.float32)
     ranks = run_ranks(trajectories, 6, todo)
     assert_ranks_follow(todo, ranks)
     _assert_islands_agree(ranks, 3)
@@ -50,19 +39,8 @@ def test_single_precision_in_islands_of_three() -> None:
 
 def test_outer_optimizers_see_parameters_in_their_own_shape() -> None:
     """Adafactor factorises a matrix, which no rank may then have a part of."""
-    todo = [
-        Case(
-            "DiLoCo",
-            {"tau": 4, "fragments": fragments, "delay": delay, "outer": outer, **merge},
-            dtype=torch.float64,
-            model=deep_model,
-            steps=14,
-            island=2,
-        )
-        for outer in (NESTEROV, ADAMW, ADAFACTOR)
-        for merge in MERGES
-        for fragments, delay in ((1, 0), (2, 3), (5, 1))
-    ]
+    outers, times = (NESTEROV, ADAMW, ADAFACTOR), ((1, 0), (2, 3), (5, 1))
+    todo = of_tau_four(itertools.product(outers, MERGES), times, island=2)
     assert_ranks_follow(todo, run_ranks(trajectories, 4, todo))
 
 

@@ -179,7 +179,7 @@ def _running(argument: str) -> list[str]:
     return found
 
 
-# Rank 0 of each machine sends to its neighbour first, then rank 1 to the other machine.
+# 20 MB stay inside each machine, and 2 MB are averaged over all ranks.
 TWO_BY_TWO = """
 import os, time
 import torch, torch.distributed as dist
@@ -187,14 +187,11 @@ dist.init_process_group("gloo")
 local, size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
 assert (size, dist.get_rank() % 2) == (2, local)
 group, _ = dist.new_subgroups(group_size=2)
-numbers = torch.zeros(500_000)
-for where in (group, None):
-    dist.all_reduce(numbers[:2], group=where)
-    start = time.monotonic()
-    dist.all_reduce(numbers, group=where)
-    seconds = time.monotonic() - start
-    # 2 MB at 16 Mbit/s take 1 s.
-    assert (seconds > 0.8) == (where is None), seconds
+dist.all_reduce(torch.zeros(5_000_000), group=group)
+start = time.monotonic()
+dist.all_reduce(torch.zeros(500_000))
+# 2 MB at 16 Mbit/s take 1 s, and more than that on a busy machine.
+assert time.monotonic() - start > 0.8
 dist.destroy_process_group()
 """
 
@@ -208,7 +205,7 @@ def test_ranks_of_a_machine_share_its_link_and_pass_it_by(tmp_path: Path) -> Non
     ran = link(*options, "--", sys.executable, str(script))
     assert ran.returncode == 0, ran.stderr
     sent = json.loads(counted.read_text())["bytes_sent"]
-    # What stays inside a machine is not on its link: a ring's share of 2 MB and little else.
+    # What stays inside a machine, ten times as much, is not on its link.
     assert len(sent) == 2
     assert all(1.5e6 < each < 3.5e6 for each in sent)
 

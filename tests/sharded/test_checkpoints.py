@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +10,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.optim import SGD
 
 from tests.cases import Case
-from tests.diloco.family import deep_model
+from tests.diloco.family import deep_model, in_flight
 from tests.harness import run_ranks
 from tests.sharded.training import TIDY, ShardedTrainer, whole
 
 CASES = [
-    Case(algorithm, arguments, warmup_steps, model=deep_model, island=2, steps=10)
-    for algorithm, arguments, warmup_steps in (
-        ("OverlapLocalSGD", {"tau": 3, "beta": 0.5}, 2),
-        ("CoCoDSGD", {"tau": 2}, 0),
-        (
-            "DiLoCo",
-            {
-                "tau": 4,
-                "fragments": 2,
-                "delay": 3,
-                "merge": "carry",
-                "outer": partial(SGD, lr=0.6, momentum=0.7),
-            },
-            0,
-        ),
-    )
+    *in_flight(model=deep_model, island=2),
+    Case("CoCoDSGD", {"tau": 2}, 2, model=deep_model, island=2, steps=10),
 ]
 
 

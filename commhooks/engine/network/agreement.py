@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from commhooks.errors import RegistrationError
 
-__all__ = ["agree", "by_rank", "compare", "reasons", "tell"]
+__all__ = ["agree", "by_rank", "compare", "described", "reasons", "tell"]
 
 T = TypeVar("T")
 
@@ -49,23 +49,38 @@ def agree(
     Raises:
         RegistrationError: on every rank, if a rank refuses or two ranks differ.
     """
-    everyone = tell(group, (refusal, {name: repr(value) for name, value in facts.items()}))
-    ranks = dist.get_process_group_ranks(group)
-    if refusal is not None:
-        raise RegistrationError(refusal)
-    refusals = by_rank([why for why, _ in everyone], ranks)
-    if refusals:
-        raise RegistrationError(f"Registration was refused: {refusals}")
-    compare(ranks, [facts for _, facts in everyone])
+    everyone = tell(group, (refusal, described(facts)))
+    refusals, said = zip(*everyone, strict=True)
+    compare(dist.get_process_group_ranks(group), said, refusals, refusal)
 
 
-def compare(ranks: Sequence[int], everyone: Sequence[Mapping[str, str]]) -> None:
-    """Check that the ranks say the same.
+def described(facts: Mapping[str, object]) -> dict[str, str]:
+    """Facts as ranks tell them to one another."""
+    return {name: repr(value) for name, value in facts.items()}
+
+
+def compare(
+    ranks: Sequence[int],
+    said: Sequence[Mapping[str, str]],
+    refusals: Sequence[str | None],
+    mine: str | None,
+) -> None:
+    """What all ranks conclude from what all of them have told.
+
+    Args:
+        ranks: their global numbers.
+        said: what each of them is about to do, see :func:`described`.
+        refusals: why each of them cannot register, if it cannot.
+        mine: this rank's own refusal.
 
     Raises:
-        RegistrationError: two differ; the differences are named.
+        RegistrationError: a rank refuses, or two differ; the differences are named.
     """
-    differences = _differences(ranks, everyone)
+    if mine is not None:
+        raise RegistrationError(mine)
+    if named := by_rank(refusals, ranks):
+        raise RegistrationError(f"Registration was refused: {named}")
+    differences = _differences(ranks, said)
     if differences:
         more = len(differences) - _SHOWN
         raise RegistrationError(

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from commhooks.engine.network.agreement import tell
 from commhooks.errors import RegistrationError
 
-__all__ = ["Layout", "island_of", "settle_layout"]
+__all__ = ["Layout", "island_of", "lay_out", "settle_layout"]
 
 Island = Literal["node"] | int | dist.ProcessGroup | None
 """What a user says of islands."""
@@ -128,7 +128,18 @@ def settle_layout(group: dist.ProcessGroup, mine: Sequence[int]) -> Layout:
             differ in size.
     """
     ranks = dist.get_process_group_ranks(group)
-    named = dict(zip(ranks, tell(group, tuple(mine)), strict=True))
+    return lay_out(dict(zip(ranks, tell(group, tuple(mine)), strict=True)))
+
+
+def lay_out(named: Mapping[int, tuple[int, ...]]) -> Layout:
+    """The islands that all ranks have named, if they fit together.
+
+    Args:
+        named: every rank's island, by global numbers.
+
+    Raises:
+        RegistrationError: two of an island name different ranks, or islands differ in size.
+    """
     for rank, island in named.items():
         for other in island:
             if named.get(other) != island:

@@ -69,9 +69,9 @@ class Fragment:
         return [tensor for bucket in self.buckets for tensor in bucket.owned]
 
     @property
-    def bits(self) -> int | Tensor:
+    def fingerprint(self) -> int | Tensor:
         """A number that ranks with the same parameters, bit for bit, have in common."""
-        sums = [bucket.bits().to(self.device) for bucket in self.buckets]
+        sums = [bucket.fingerprint().to(self.device) for bucket in self.buckets]
         return torch.stack(sums).sum() if sums else 0
 
     @property
@@ -136,7 +136,7 @@ class Fragment:
         self.kept = rules.keep(parts) if parts else None
 
     @property
-    def alike(self) -> list[Tensor]:
+    def templates(self) -> list[Tensor]:
         """What any vector's parts look like, without numbers."""
         flats = (torch.empty(b.length, dtype=b.dtype, device="meta") for b in self.buckets)
         return [p for b, flat in zip(self.buckets, flats, strict=True) for p in b.parts(flat)]

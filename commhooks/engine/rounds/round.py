@@ -44,7 +44,8 @@ class Round:
         kept: what the rules' ``arrive`` is called with, after the last chain; None for no call.
         probes: scalars that are NaN or inf if this rank's parameters are.
         refusal: why this rank cannot take part; it then sends its ticket alone.
-        bits: a number that the ranks of an island have in common if their parameters are the same.
+        fingerprint: a number that the ranks of an island have in common if their parameters are the
+            same.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Round:
         kept: Kept | None,
         probes: Sequence[Tensor],
         refusal: str | None = None,
-        bits: int | Tensor = 0,
+        fingerprint: int | Tensor = 0,
     ) -> None:
         self.number = point.number
         self._links = links
@@ -82,7 +83,7 @@ class Round:
                     point,
                     probes=probes,
                     refused=refusal is not None,
-                    digest=bits,
+                    digest=fingerprint,
                 )
                 for bucket, wire in zip(buckets, wires, strict=True) if refusal is None else ():
                     # Of some buckets this rank may have no share, and neither have its peers.

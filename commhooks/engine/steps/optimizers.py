@@ -74,10 +74,13 @@ class OptimizerWatch:
         parameters: those that are averaged.
         optimizers: all that update them; in the bare form none, and they are learnt as they step.
         scaler: the loop's GradScaler.
+
+    Attributes:
+        stepping_for_scaler: whether the scaler is about to step or skip, and will tell of both.
     """
 
-    looks_for_copies = True
     stepping_for_scaler = False
+    _looks_for_copies = True
 
     def __init__(
         self,
@@ -137,7 +140,7 @@ class OptimizerWatch:
             return
         self._watched.pass_by()
         seen = self._steps_seen[optimizer] = self._steps_seen.get(optimizer, 0) + 1
-        if self.looks_for_copies and seen <= _CHECKED_STEPS:
+        if self._looks_for_copies and seen <= _CHECKED_STEPS:
             check_weights(optimizer, owned(optimizer, self._parameters))
         if self._stepped_in != self._watched.step:
             # Steps made for an earlier backward do not count for this one.

@@ -5,16 +5,17 @@ from __future__ import annotations
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from commhooks.engine.network.agreement import by_rank, compare, tell
+from commhooks.engine.network.agreement import compare, described, tell
 from commhooks.engine.network.communicator import named_group
-from commhooks.engine.network.islands import Layout
+from commhooks.engine.network.islands import Layout, lay_out
 from commhooks.engine.steps.optimizers import OptimizerWatch, Watched
 from commhooks.errors import RegistrationError
 
@@ -87,6 +88,17 @@ def check_sharded(
     return mesh
 
 
+class _Told(NamedTuple):
+    """What a rank tells all others; tuples are sorted by the rank alone, since no two are alike."""
+
+    rank: int
+    island: tuple[int, ...]
+    peers: tuple[int, ...]
+    refusal: str | None
+    facts: dict[str, str]
+    name: str
+
+
 def meet(
     mesh: dist.ProcessGroup | None,
     peers: dist.ProcessGroup | None,
@@ -107,36 +119,30 @@ def meet(
     if mesh is None or peers is None:
         # The others have the same script, and so the same refusal.
         raise RegistrationError(refusal)
-    rank = dist.get_rank()
-    mine = (
-        rank,
+    mine = _Told(
+        dist.get_rank(),
         tuple(dist.get_process_group_ranks(mesh)),
         tuple(dist.get_process_group_ranks(peers)),
         refusal,
-        {name: repr(value) for name, value in facts.items()},
+        described(facts),
         f"commhooks-{uuid.uuid4().hex}",
     )
     everyone = sorted(each for island in tell(peers, tell(mesh, mine)) for each in island)
-    ranks = [each[0] for each in everyone]
-    refusals = [each[3] for each in everyone]
-    if refusal is not None:
-        raise RegistrationError(refusal)
-    if any(refusals):
-        raise RegistrationError(f"Registration was refused: {by_rank(refusals, ranks)}")
-    compare(ranks, [each[4] for each in everyone])
-    layout = Layout(tuple(sorted({each[1] for each in everyone})), rank)
-    for number, _, theirs, *_ in everyone:
-        expected = Layout(layout.islands, number).peers
-        if tuple(sorted(theirs)) != tuple(sorted(expected)):
+    ranks = [each.rank for each in everyone]
+    compare(ranks, [each.facts for each in everyone], [each.refusal for each in everyone], refusal)
+    layout = lay_out({each.rank: each.island for each in everyone})
+    for each in everyone:
+        expected = replace(layout, rank=each.rank).peers
+        if sorted(each.peers) != sorted(expected):
             raise RegistrationError(
-                f"process_group of rank {number} has the ranks {list(theirs)}, but the same shard "
-                f"is held by {list(expected)}."
+                f"process_group of rank {each.rank} has the ranks {list(each.peers)}, but the same "
+                f"shard is held by {list(expected)}."
             )
     world = dist.group.WORLD
     assert world is not None
     if sorted(dist.get_process_group_ranks(world)) == ranks:
         return world, layout
-    return named_group(ranks, like=peers, name=everyone[0][5]), layout
+    return named_group(ranks, like=peers, name=everyone[0].name), layout
 
 
 class ShardCheck:
@@ -198,7 +204,8 @@ class ShardedWatch(OptimizerWatch):
     """
 
     # A comparison of sharded tensors is a collective.
-    looks_for_copies = False
+    _looks_for_copies = False
+    _watched: Updated
 
     def __init__(
         self,
@@ -209,7 +216,6 @@ class ShardedWatch(OptimizerWatch):
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         super().__init__(watched, parameters, optimizers, scaler=scaler)
-        self._updated_by_them = watched
         self._shards = [(parameter, local_shard(parameter)) for parameter in parameters]
 
     def rates(self) -> dict[int, float]:
@@ -225,7 +231,7 @@ class ShardedWatch(OptimizerWatch):
                 (shard, None if p.grad is None else local_shard(p.grad))
                 for p, shard in self._shards
             ]
-            self._updated_by_them.before_update(gradients, closure=closure)
+            self._watched.before_update(gradients, closure=closure)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped, or its step was skipped; told once by whoever knows both."""
@@ -238,6 +244,6 @@ class ShardedWatch(OptimizerWatch):
     def settled(self) -> None:
         """All optimizers have stepped."""
         self._stepped.clear()
-        self._updated_by_them.after_update()
+        self._watched.after_update()
         if self._watched.boundary_due:
             self._run()
