@@ -11,6 +11,7 @@ import tyro
 from torch.optim import SGD, AdamW
 
 import commhooks
+import common.without_feedback  # noqa: F401 - an option of the recipes
 from commhooks import CommHookState
 from common.errors import RecipeError
 
@@ -151,10 +152,11 @@ class AlgorithmOptions:
     """Ranks that average gradients at every step and so make one worker: node, those of a machine;
     or a number of neighbouring ranks."""
     compression: Annotated[
-        Literal["bf16", "int8", "int4"] | None,
+        Literal["bf16", "int8", "int4", "int4-without-feedback"] | None,
         _hint(metavar="bf16|int8|int4", help_behavior_hint="(default: none, fp32)"),
     ] = None
-    """What the numbers of an averaging are rounded to; what is rounded off is sent later."""
+    """What the numbers of an averaging are rounded to; what is rounded off is sent later. For
+    comparison, int4-without-feedback forgets it."""
 
     def given(self) -> dict[str, Any]:
         """The hyper-parameters set on the command line."""

@@ -155,6 +155,20 @@ def _some(values: Sequence[Any]) -> Sequence[Any]:
 
 
 _SMALL = ("--model", "small-cnn", "--epochs", "10")
+_SMALL_TRANSFORMER = (
+    *("--layers", "1", "--width", "64", "--heads", "2", "--context", "64"),
+    *("--batch-size", "8", "--max-steps", "384", "--eval-every", "384"),
+    *("--lr-warmup-epochs", "0.005", "--sample", "0"),
+)
+_ROUNDED = tuple(
+    ":".join(["overlap-local-sgd", ",".join(["beta=0.7", *compression])])
+    for compression in (
+        [],
+        ["compression=int8"],
+        ["compression=int4"],
+        ["compression=int4-without-feedback"],
+    )
+)
 
 GRIDS = {
     # What `make compare` shows first: under a minute.
@@ -201,6 +215,24 @@ GRIDS = {
         options=_SMALL,
         lr=(0.025, 0.05, 0.1, 0.15, 0.25, 0.5),
     ),
+    # What rounding costs, with and without error feedback.
+    "compression": Grid(
+        algorithms=("ddp", *_ROUNDED),
+        tau=(8, 24),
+        partitions=("iid",),
+        seeds=(0, 1, 2),
+        workers=2,
+        options=("--model", "resnet18", "--epochs", "20", "--lr", "0.1"),
+    ),
+    # The same for recipes/language.py.
+    "compression-language": Grid(
+        algorithms=_ROUNDED,
+        tau=(8, 24),
+        partitions=("iid",),
+        seeds=(0, 1, 2),
+        workers=2,
+        options=_SMALL_TRANSFORMER,
+    ),
     # How DiLoCo's workers take up a result that comes late; for recipes/language.py. The outer
     # momentum is below the paper's, which is for a tau of 500.
     "merges": Grid(
@@ -216,10 +248,6 @@ GRIDS = {
         partitions=("iid",),
         seeds=(0, 1, 2),
         workers=2,
-        options=(
-            *("--layers", "1", "--width", "64", "--heads", "2", "--context", "64"),
-            *("--batch-size", "8", "--max-steps", "384", "--eval-every", "384"),
-            *("--lr-warmup-epochs", "0.005", "--sample", "0"),
-        ),
+        options=_SMALL_TRANSFORMER,
     ),
 }

@@ -49,6 +49,7 @@ def draw_all(results: Sequence[CellResult], folder: Path) -> list[Path]:
     for name, metric, axis in (
         ("loss-steps", "eval/loss", AXES["steps"]),
         ("loss-seconds", "eval/loss", AXES["seconds"]),
+        ("loss-megabytes", "eval/loss", AXES["megabytes"]),
         ("accuracy-megabytes", "eval/accuracy", AXES["megabytes"]),
     ):
         if any(metric in record for result in drawn for record in result.runs[0].history):
