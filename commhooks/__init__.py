@@ -6,6 +6,7 @@ Every algorithm is the state of one hook, :func:`comm_hook`::
     state.register(ddp_model, optimizer)  # the training loop does not change
 """
 
+from commhooks import periods
 from commhooks.algorithms.all_reduce import AllReduce
 from commhooks.algorithms.bmuf import BMUF
 from commhooks.algorithms.cocod_sgd import CoCoDSGD
@@ -44,4 +45,5 @@ __all__ = [
     "SlowMo",
     "Stats",
     "comm_hook",
+    "periods",
 ]

@@ -13,7 +13,7 @@ __all__ = ["comm_metrics", "successor"]
 
 def comm_metrics(stats: Stats) -> dict[str, float]:
     """A state's counters by the names they have in a logger, such as ``comm/rounds_completed``."""
-    return {f"comm/{name}": value for name, value in asdict(stats).items()}
+    return {f"comm/{name}": value for name, value in asdict(stats).items() if value is not None}
 
 
 def successor(state: CommHookState) -> CommHookState:

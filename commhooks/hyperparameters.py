@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import cache, partial
 from numbers import Integral, Real
 from types import UnionType
@@ -27,6 +27,7 @@ __all__ = [
     "Outer",
     "Positive",
     "Steps",
+    "Tau",
     "Unit",
     "checked_fields",
     "one_of",
@@ -55,6 +56,16 @@ def _real(wanted: str, fits: Callable[[float], bool]) -> Check:
         return float(value)  # type: ignore[arg-type]
 
     return check
+
+
+def _tau(name: str, value: object) -> object:
+    if callable(value) or (isinstance(value, str) and value == "auto"):
+        return value
+    try:
+        return _integer_from(1)(name, value)
+    except HyperParameterError:
+        wanted = 'an integer of at least 1, "auto", or a period, see commhooks.periods'
+        raise refusal(name, value, wanted) from None
 
 
 def _flag(name: str, value: object) -> bool:
@@ -109,6 +120,9 @@ IslandRanks = Annotated[Literal["node"] | int | dist.ProcessGroup, _island]
 Steps = Annotated[int, _integer_from(1)]
 """A number of steps, at least 1."""
 
+Tau = Annotated[int | Literal["auto"] | Callable[..., int], _tau]
+"""Steps between two rounds: a number, at least 1, "auto", or a period of commhooks.periods."""
+
 Count = Annotated[int, _integer_from(0)]
 """A number from 0."""
 
@@ -147,6 +161,8 @@ def one_of(name: str, value: object, choices: Sequence[object]) -> None:
 
 def plain(value: object) -> object:
     """A hyper-parameter as a value that can be compared between ranks and saved."""
+    if is_dataclass(value):
+        return repr(value)
     if not callable(value):
         return value
     if isinstance(value, partial):

@@ -9,7 +9,7 @@ __all__ = ["Stats"]
 
 @dataclass(frozen=True)
 class Stats:
-    """A snapshot of one rank's counters; take a new one with ``state.stats``.
+    r"""A snapshot of one rank's counters; take a new one with ``state.stats``.
 
     Attributes:
         step: DDP backwards with gradient sync on, since registration; of a model of FSDP2, updates
@@ -27,6 +27,24 @@ class Stats:
             vector they were last drawn to (the mean of the models, or the anchor), right before
             they were drawn to it; with islands, over this rank's share. 0.0 before the first
             boundary.
+        tau: steps from one launch of a fragment to its next, now.
+        relative_drift: how far the workers were apart at the last launch,
+            :math:`\sqrt{\frac{1}{m} \sum_i \|x_i - z\|^2} / \|z\|`, where z is what they
+            have in common: the anchor, the global model, or the last mean.
+        agreement: whether they went the same way, :math:`\|\frac{1}{m} \sum_i \Delta_i\|` over
+            the mean of the :math:`\|\Delta_i\|`, with :math:`\Delta_i = x_i - z`: 1 if all
+            made the same move, about :math:`1 / \sqrt m` if the moves are noise.
+        step_seconds: time of a step without waiting, on the slowest rank.
+        round_seconds: time in flight of one round of all fragments, as the rank saw it that
+            launched last.
+        loss: mean over all ranks of the losses that :meth:`CommHookState.observe` was told between
+            the last two launches; None if none were.
+        first_loss: the same before the first launch.
+
+    The last six are the same on every rank. They come with a round, so they are those of the last
+    round that was waited for, or 0.0 before there is one. Drift and agreement are of every k-th
+    parameter of a fragment with more than 65,536 of them, k as small as possible. With islands the
+    agreement is that of one round earlier.
     """
 
     step: int = 0
@@ -36,3 +54,10 @@ class Stats:
     seconds_exposed: float = 0.0
     seconds_hidden: float = 0.0
     consensus_distance: float = 0.0
+    tau: int = 0
+    relative_drift: float = 0.0
+    agreement: float = 0.0
+    step_seconds: float = 0.0
+    round_seconds: float = 0.0
+    loss: float | None = None
+    first_loss: float | None = None

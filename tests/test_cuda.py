@@ -18,8 +18,10 @@ from torch import Tensor, nn
 import commhooks
 from commhooks.engine.network.islands import Layout
 from commhooks.engine.network.links import Links
+from commhooks.engine.network.report import Report
 from commhooks.engine.network.ticket import Point
 from commhooks.engine.network.wires import PlainWire
+from commhooks.engine.rounds.drift import Drift
 from commhooks.engine.rounds.round import Round
 from commhooks.engine.vectors.buckets import build_buckets
 from tests.cases import Case, two_cases
@@ -123,6 +125,8 @@ def host_seconds_around_a_round(folder: str) -> dict[str, float]:
             state,
             None,
             [torch.ones((), device="cuda")],
+            report=Report(),
+            drifts=[Drift(bucket, "z", differences=False, stride=1) for bucket in buckets],
         )
 
     assert one_round().wait() is None  # NCCL sets itself up

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from commhooks.engine.state import CommHookState
-from commhooks.hyperparameters import Flag, HalfOpenUnit, Positive, Steps
+from commhooks.hyperparameters import Flag, HalfOpenUnit, Positive, Tau
 
 __all__ = ["BMUF"]
 
@@ -38,7 +38,7 @@ class BMUF(CommHookState):
         nesterov: whether the models restart ahead of W, at W + eta Delta.
     """
 
-    tau: Steps
+    tau: Tau
     eta: HalfOpenUnit | None = None
     zeta: Positive = 1.0
     nesterov: Flag = False

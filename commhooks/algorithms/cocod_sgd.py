@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from commhooks.engine.state import CommHookState
-from commhooks.hyperparameters import Steps
+from commhooks.hyperparameters import Tau
 
 __all__ = ["CoCoDSGD"]
 
@@ -33,7 +33,7 @@ class CoCoDSGD(CommHookState):
         tau: steps from one boundary to the next; a round has as long to be hidden.
     """
 
-    tau: Steps
+    tau: Tau
 
     overlapped = True
     portable = False  # s is where this rank was

@@ -16,7 +16,7 @@ from commhooks.engine.rules import Part
 from commhooks.engine.state import CommHookState
 from commhooks.engine.vectors.chunks import real
 from commhooks.errors import RegistrationError
-from commhooks.hyperparameters import Count, Fragments, Outer, Steps, Unit, one_of, refusal
+from commhooks.hyperparameters import Count, Fragments, Outer, Tau, Unit, one_of, refusal
 
 __all__ = ["DiLoCo"]
 
@@ -81,7 +81,7 @@ class DiLoCo(CommHookState):
         HyperParameterError: an argument has the wrong type or lies outside its range.
     """
 
-    tau: Steps
+    tau: Tau
     outer: Outer = _NESTEROV
     fragments: Fragments = 1
     delay: Count = 0
@@ -91,7 +91,7 @@ class DiLoCo(CommHookState):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("merge", self.merge, ("blend", "carry"))
-        if self.delay > self.tau:
+        if isinstance(self.tau, int) and self.delay > self.tau:
             raise refusal("delay", self.delay, f"at most tau, which is {self.tau}")
 
     @property

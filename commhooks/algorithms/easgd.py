@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from commhooks.engine.state import CommHookState
-from commhooks.hyperparameters import Steps, Unit
+from commhooks.hyperparameters import Tau, Unit
 
 __all__ = ["EASGD"]
 
@@ -33,7 +33,7 @@ class EASGD(CommHookState):
         alpha: elastic pull, in [0, 1]; None means 0.9 / m for m workers (the paper's beta = 0.9).
     """
 
-    tau: Steps
+    tau: Tau
     alpha: Unit | None = None
 
     overlapped = True

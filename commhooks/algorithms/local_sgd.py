@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from commhooks.engine.state import CommHookState
-from commhooks.hyperparameters import Steps
+from commhooks.hyperparameters import Tau
 
 __all__ = ["LocalSGD"]
 
@@ -26,7 +26,7 @@ class LocalSGD(CommHookState):
         tau: steps from one averaging to the next.
     """
 
-    tau: Steps
+    tau: Tau
 
     def mix(self, *, x: Tensor, wire: Tensor) -> None:
         """x <- mean."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from commhooks.engine.state import CommHookState
-from commhooks.hyperparameters import HalfOpenUnit, Steps, Unit
+from commhooks.hyperparameters import HalfOpenUnit, Tau, Unit
 
 __all__ = ["OverlapLocalSGD"]
 
@@ -38,7 +38,7 @@ class OverlapLocalSGD(CommHookState):
         beta: momentum of the anchor, in [0, 1). The paper uses 0.7.
     """
 
-    tau: Steps
+    tau: Tau
     alpha: Unit = 0.6
     beta: HalfOpenUnit = 0.0
 

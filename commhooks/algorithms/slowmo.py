@@ -10,7 +10,7 @@ from torch import Tensor
 
 from commhooks.engine.rules import Part
 from commhooks.engine.state import CommHookState
-from commhooks.hyperparameters import HalfOpenUnit, Positive, Steps
+from commhooks.hyperparameters import HalfOpenUnit, Positive, Tau
 
 __all__ = ["SlowMo"]
 
@@ -40,7 +40,7 @@ class SlowMo(CommHookState):
         lr: slow learning rate, above 0. The paper uses 1.
     """
 
-    tau: Steps
+    tau: Tau
     beta: HalfOpenUnit = 0.5
     lr: Positive = 1.0
 

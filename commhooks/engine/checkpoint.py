@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from commhooks.engine.rounds.findings import Findings
 from commhooks.engine.rules import Rules
 from commhooks.errors import CheckpointError
 
@@ -17,16 +18,18 @@ if TYPE_CHECKING:
 
 __all__ = ["check_identity", "check_values"]
 
-FORMAT = 5
+FORMAT = 6
 """Version of the dictionary's layout; a later one that reads differently gets another number.
 
 3 added the parameters' ``shapes``, since not every state keeps vectors to tell another model by; 4
 took out the layout of DDP's gradient buckets and gave every fragment a schedule of its own; 5 says
-which share of its island's model a rank has.
+which share of its island's model a rank has; 6 has a tau that changes, and what the ranks have told
+one another with their last round.
 """
 
 _COUNTERS = {
     "schedule": ("step", "origin"),
+    "cycle": ("start", "tau", "next_tau"),
     "meter": ("rounds_launched", "rounds_used", "bytes_reduced"),
 }
 _IDENTITY = (
@@ -88,7 +91,7 @@ def check_values(
     Raises:
         CheckpointError: it is; what is wrong is named.
     """
-    unknown = set(saved) - {*_IDENTITY, *_COUNTERS, *_FLAGS, "fragments"}
+    unknown = set(saved) - {*_IDENTITY, *_COUNTERS, *_FLAGS, "fragments", "losses"}
     if unknown:
         _refuse(
             "the dictionary", "what state.state_dict() gave", f"also {sorted(map(repr, unknown))}"
@@ -111,8 +114,10 @@ def check_values(
         if not isinstance(saved.get(name), bool):
             _refuse(name, "True or False", saved.get(name))
     known = {*_SECONDS, *(name for names in _COUNTERS.values() for name in names)}
-    if unknown := {*saved["schedule"], *saved["meter"]} - known:
-        _refuse("schedule or meter", f"only {sorted(known)}", unknown)
+    if unknown := {*saved["schedule"], *saved["meter"], *saved["cycle"]} - known:
+        _refuse("schedule, cycle or meter", f"only {sorted(known)}", unknown)
+    _check_losses(_mapping(saved, "losses"))
+    _check_cycle(saved["cycle"], saved["schedule"], rules)
     parts = saved.get("fragments")
     if not isinstance(parts, Sequence) or len(parts) != len(fragments):
         _refuse("fragments", f"a list of {len(fragments)}", parts)
@@ -121,9 +126,11 @@ def check_values(
         if not isinstance(part, Mapping):
             _refuse(where, "a dictionary", part)
         _check_shapes(part.get("shapes"), fragment.shapes)
-        _check_schedule(part, saved["schedule"], fragment, where)
+        turn = -(-(number + 1) * saved["cycle"]["tau"] // len(fragments))
+        _check_schedule(part, saved["cycle"], turn, fragment, where, varies=_varies(rules))
+        _check_findings(part, saved["world_size"] // saved["island_size"], where)
         if vectors is not None:
-            launched = part["launch"] > saved["schedule"]["origin"] + fragment.schedule.offset
+            launched = part["begun"]
             _check_rates(part.get("rates"), rules, fragment, where, launched=launched)
             _check_vectors(_mapping(part, "vectors"), vectors, fragment, where)
             # Of an empty share nothing is kept.
@@ -191,21 +198,71 @@ def _check_shapes(saved: object, mine: Sequence[Sequence[int]]) -> None:
     )
 
 
+def _varies(rules: Rules) -> bool:
+    return not isinstance(rules.tau, int)
+
+
+def _check_cycle(cycle: Mapping[str, int], steps: Mapping[str, int], rules: Rules) -> None:
+    if not _varies(rules):
+        if cycle["tau"] != rules.tau or cycle["next_tau"] != rules.tau:
+            _refuse("cycle.tau and cycle.next_tau", str(rules.tau), cycle)
+        after = cycle["start"] - steps["origin"]
+        if after < 0 or after % cycle["tau"]:
+            _refuse("cycle.start", "origin + a multiple of tau", cycle["start"])
+    elif cycle["start"] < steps["origin"] or min(cycle["tau"], cycle["next_tau"]) < 1:
+        _refuse("cycle", "a start from the origin on, and numbers of steps from 1", cycle)
+
+
+def _check_losses(losses: Mapping[str, Any]) -> None:
+    if set(losses) != {"sum", "count", "first"}:
+        _refuse("losses", "a sum, a count and the first", losses)
+    _counter(losses["count"], "losses.count")
+    if not isinstance(losses["sum"], float):
+        _refuse("losses.sum", "a number", losses["sum"])
+    if losses["first"] is not None and not isinstance(losses["first"], float):
+        _refuse("losses.first", "a number, or None", losses["first"])
+
+
 def _check_schedule(
-    part: Mapping[str, Any], steps: Mapping[str, int], fragment: Fragment, where: str
+    part: Mapping[str, Any],
+    cycle: Mapping[str, int],
+    turn: int,
+    fragment: Fragment,
+    where: str,
+    *,
+    varies: bool,
 ) -> None:
-    mine = fragment.schedule
+    if not isinstance(part.get("begun"), bool):
+        _refuse(f"{where}.begun", "True or False", part.get("begun"))
     launch, landing = part.get("launch"), part.get("landing")
     launch = _counter(launch, f"{where}.launch")
-    after = launch - steps["origin"] - mine.offset
-    if after < 0 or after % mine.tau:
-        _refuse(f"{where}.launch", f"origin + {mine.offset} + a multiple of {mine.tau}", launch)
+    # In this cycle, or in the next one if it has launched in this one. Where tau has become
+    # shorter, it waits for the landing of the round before.
+    turns = (cycle["start"] + turn, cycle["start"] + cycle["tau"] + turn)
+    if launch not in turns and not (varies and launch == landing):
+        _refuse(f"{where}.launch", f"one of {turns}", launch)
     if landing is None:
         return
     landing = _counter(landing, f"{where}.landing")
     # That of the round launched last, or of what the vectors started with.
-    if landing not in (launch, launch - mine.tau + mine.delay):
-        _refuse(f"{where}.landing", f"{mine.delay} steps after a launch", landing)
+    delay = fragment.schedule.delay
+    if varies:
+        good = landing <= launch if delay is not None else landing == launch
+    else:
+        good = landing == (launch if delay is None else launch - cycle["tau"] + delay)
+    if not good:
+        _refuse(f"{where}.landing", "the delay after a launch", landing)
+
+
+def _check_findings(part: Mapping[str, Any], m: int, where: str) -> None:
+    for name in ("moved", "together"):
+        value = part.get(name)
+        if not isinstance(value, float) or not math.isfinite(value) or value < 0:
+            _refuse(f"{where}.{name}", "a number from 0", value)
+    found = part.get("findings")
+    wanted = None if found is None else Findings.refusal(found, m)
+    if wanted is not None or "findings" not in part:
+        _refuse(f"{where}.findings", wanted or "there", found)
 
 
 def _check_vectors(

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from commhooks.drift import DriftTable
 from commhooks.engine.checkpoint import check_values
 from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.guards.refused_backward import raise_after_backward
@@ -23,12 +24,16 @@ from commhooks.engine.network.agreement import tell
 from commhooks.engine.network.communicator import done
 from commhooks.engine.network.islands import Layout
 from commhooks.engine.network.links import Links
+from commhooks.engine.network.report import Report
 from commhooks.engine.network.roll_call import RollCall
 from commhooks.engine.network.wires import piece_numel, wire_for
+from commhooks.engine.pace import Pace
 from commhooks.engine.rounds.consensus import Consensus, enter
+from commhooks.engine.rounds.drift_table import drift_table
+from commhooks.engine.rounds.findings import seen_together
 from commhooks.engine.rounds.fragment import Fragment
 from commhooks.engine.rounds.round import Round
-from commhooks.engine.rounds.schedule import Schedule
+from commhooks.engine.rounds.schedule import Cycle, Schedule
 from commhooks.engine.rounds.sharing import Sharing
 from commhooks.engine.rules import Rules
 from commhooks.engine.steps.averaging import StepAverager
@@ -37,7 +42,8 @@ from commhooks.engine.vectors.buckets import build_buckets
 from commhooks.engine.vectors.buffers import Buffer
 from commhooks.engine.vectors.devices import Moment
 from commhooks.engine.vectors.fragments import partition
-from commhooks.errors import CheckpointError, RegistrationError, RoundError
+from commhooks.errors import CheckpointError, HyperParameterError, RegistrationError, RoundError
+from commhooks.periods import chosen
 from commhooks.stats import Stats
 
 if TYPE_CHECKING:
@@ -76,6 +82,7 @@ class Engine:
         warmup_steps: steps before the local ones.
         cap_bytes: size of a bucket.
         check: says what keeps this rank from taking part in a round, if anything does.
+        first_tau: steps of the first cycle.
         static_graph: whether the DDP model has that option.
         local: gives this rank's shard of a parameter, for a model whose island shards it; None
             where every rank has all of it.
@@ -92,6 +99,7 @@ class Engine:
         cap_bytes: float,
         check: Callable[[], str | None] = lambda: None,
         *,
+        first_tau: int,
         static_graph: bool = False,
         local: Callable[[Tensor], Tensor] | None = None,
         reshard: Callable[[], None] = lambda: None,
@@ -123,10 +131,10 @@ class Engine:
             self._sharing = Sharing(self.links.island, self._call)
         self._backwards = Backwards(parameters.values(), static_graph=static_graph)
         # By their whole sizes, so that all ranks deal them out alike.
-        dealt = [
-            [local(p) if local is not None else p for p in part.values()]
-            for part in partition(parameters, rules.fragments)
-        ]
+        parts = partition(parameters, rules.fragments)
+        mine = {name: local(p) if local is not None else p for name, p in parameters.items()}
+        self._names = {id(mine[name]): name for part in parts for name in part}
+        dealt = [[mine[name] for name in part] for part in parts]
         # A sharded model is shared out already.
         shares = (1, 0) if self._sharded else (layout.size, layout.place)
         # Of these alone, since what holds the engine would close a cycle.
@@ -140,15 +148,18 @@ class Engine:
             Fragment(
                 part,
                 build_buckets(part, cap_bytes, *shares, cuttable=rules.elementwise),
-                Schedule(rules.tau, rules.delay, offset=-(-number * rules.tau // len(dealt))),
+                Schedule(None if rules.overlapped else rules.delay),
                 make_wire,
                 1 if compressed else layout.m,
             )
-            for number, part in enumerate(dealt, start=1)
+            for part in dealt
         ]
+        self._cycle = Cycle([each.schedule for each in self._fragments], first_tau)
+        self._pace = Pace()
+        self._first_loss: float | None = None
         self._read_rates: weakref.WeakMethod[Callable[[], Mapping[int, float]]] | None = None
         self.device = self._call.device = self._fragments[0].device
-        self._restart_schedules()
+        self._cycle.restart(warmup_steps)
         self._gradients = StepAverager(
             self.links, self._call, self._meter, sharded=self._sharded, inside=not rules.synchronous
         )
@@ -322,11 +333,14 @@ class Engine:
             self._wait_for(fragment)
             with uninterrupted():
                 if launching:
+                    if landing:
+                        self._adopt_tau(fragment)
                     self._launch(fragment, mix_first=landing)
                     launched.append(fragment)
                 else:
                     self._mix(fragment)
                     schedule.landed()
+                    self._adopt_tau(fragment)
 
     def drain(self) -> None:
         """Wait for what is in flight, and its chained updates. It is mixed in when it lands.
@@ -351,6 +365,9 @@ class Engine:
             fragment.round = None
             if cause is not None:
                 self._call.fail(cause, finished.number)
+            fragment.found(finished, self.layout.islands)
+            if finished.number == 1 and fragment.findings is not None:
+                self._first_loss = fragment.findings.loss
             if all(each.round is None for each in self._fragments):
                 self.links.idle()
             self._meter.rounds_used += 1
@@ -425,7 +442,7 @@ class Engine:
         self._overwritten = False
         self._finished_at = self.steps.step
         self.steps.origin = max(self.steps.origin, self.steps.step)
-        self._restart_schedules()
+        self._cycle.restart(self.steps.origin)
         if self._started:
             # Here, where all ranks have the same parameters: an optimizer may still have to step.
             self._start()
@@ -505,6 +522,9 @@ class Engine:
             seconds_exposed=meter.seconds_exposed,
             seconds_hidden=hidden,
             consensus_distance=math.sqrt(square),
+            tau=self._cycle.tau,
+            first_loss=self._first_loss,
+            **seen_together(fragment.findings for fragment in self._fragments),
         )
 
     @_outside_inference_mode
@@ -521,6 +541,12 @@ class Engine:
         self._meter.settle(wait=True)
         return {
             "schedule": asdict(self.steps),
+            "cycle": self._cycle.state_dict(),
+            "losses": {
+                "sum": float(self._pace.loss),
+                "count": self._pace.losses,
+                "first": self._first_loss,
+            },
             "meter": asdict(self._meter),
             "started": self._started,
             "drifted": self._drifted,
@@ -580,6 +606,9 @@ class Engine:
         self._started, self._overwritten = started, False
         self._drifted = saved["drifted"]
         self.disabled = saved["disabled"]
+        self._cycle.load_state_dict(saved["cycle"])
+        self._pace.loss, self._pace.losses = saved["losses"]["sum"], saved["losses"]["count"]
+        self._first_loss = saved["losses"]["first"]
         for name, value in saved["schedule"].items():
             setattr(self.steps, name, value)
         for name, value in saved["meter"].items():
@@ -628,10 +657,6 @@ class Engine:
         m = self.layout.m
         return [[piece_numel(b.length, m) for b in each.buckets] for each in self._fragments]
 
-    def _restart_schedules(self) -> None:
-        for fragment in self._fragments:
-            fragment.schedule.restart(self.steps.origin)
-
     def _start_together(self) -> None:
         """Start where nobody has made sure that all ranks have the same parameters.
 
@@ -672,6 +697,7 @@ class Engine:
 
     def _count_step(self, *, local: bool) -> None:
         self.steps.step += 1
+        self._pace.step(self._meter.seconds_exposed)
         # On every rank at once, whose optimizer may skip the step, since it decides what
         # averaged() sends; and for good, since optimizers keep what they saw of local gradients.
         self._drifted |= local
@@ -691,6 +717,7 @@ class Engine:
         refusal = self._check()
         probes: list[Tensor] = []
         fingerprint: int | Tensor = 0
+        report = Report()
         if refusal is None:
             try:
                 fingerprint = fragment.fingerprint if self._sharing is not None else 0
@@ -698,6 +725,7 @@ class Engine:
                 names = ("mix", "contribute") if mix_first else ("contribute",)
                 probes = fragment.sweep(self._rules, *names)
                 probes += fragment.encode()
+                report = self._report(fragment)
             except RegistrationError as error:
                 # A parameter is not what it was. The other ranks must be told.
                 refusal = str(error)
@@ -711,16 +739,87 @@ class Engine:
             self._rules,
             fragment.kept,
             probes,
-            refusal,
-            fingerprint,
+            refusal=refusal,
+            fingerprint=fingerprint,
+            report=report,
+            drifts=fragment.drifts,
         )
         self._sending.append(fragment.round)
-        fragment.schedule.launched()
+        self._cycle.launched(fragment.schedule)
         self._meter.rounds_launched = number
         self._meter.bytes_reduced += fragment.nbytes
         if mix_first and self._sharing is not None and self._sharing.all_can(refusal):
             self._sharing.put_together(fragment)
         # Else nobody in the island is mixed, and the round ends in an error on every rank.
+
+    def _report(self, fragment: Fragment) -> Report:
+        """What this rank tells the others with a round."""
+        report = fragment.report(shared=self.links.island is not None)
+        report.step_seconds = self._pace.step_seconds
+        report.seconds_exposed = self._meter.seconds_exposed
+        report.seconds_hidden = self._meter.seconds_hidden
+        report.loss, report.losses = self._pace.loss, float(self._pace.losses)
+        self._pace.forget_losses()
+        report.rates = tuple(self._rates().values())
+        return report
+
+    def _adopt_tau(self, fragment: Fragment) -> None:
+        """Let the period choose how long the next cycle is, from what all ranks know alike.
+
+        Raises:
+            RoundError: it chose something that is no number of steps.
+        """
+        found, rules = fragment.findings, self._rules
+        if isinstance(rules.tau, int) or found is None:
+            return
+        stats = Stats(
+            step=self.steps.step,
+            rounds_launched=self._meter.rounds_launched,
+            rounds_completed=self._meter.rounds_launched,
+            seconds_exposed=found.seconds_exposed,
+            seconds_hidden=found.seconds_hidden,
+            tau=self._cycle.next_tau,
+            first_loss=self._first_loss,
+            **seen_together(each.findings for each in self._fragments),
+        )
+        try:
+            tau = chosen(rules.tau, self.steps.step, tuple(found.rates), stats)
+        except HyperParameterError as error:
+            self._call.fail(str(error))
+        self._cycle.adopt(tau)
+
+    @_outside_inference_mode
+    def drift(self) -> DriftTable:
+        """How far every parameter is from what the workers have in common. Collective.
+
+        Raises:
+            RegistrationError: inside ``averaged()``, or there are no local steps yet or any more.
+            RoundError: a round failed, the ranks are not at the same point, or one of them cannot
+                take part.
+        """
+        self.refuse_inside_averaged("drift()")
+        if not self._started:
+            raise RegistrationError(
+                "drift() compares the workers' models, which are the same before the first local "
+                "step and under averaged gradients."
+            )
+        with uninterrupted():
+            self.at_boundary()
+            self.drain()
+            self._reshard()
+            self._call("drift()", self._check())
+            buckets = [bucket for fragment in self._fragments for bucket in fragment.buckets]
+            self.links.busy()
+            try:
+                table = drift_table(buckets, self._rules.reference, self._names, self.links)
+            except RuntimeError as error:
+                self._call.fail(f"drift(): {error}")
+            self.links.idle()
+        return table
+
+    def observe(self, loss: float | Tensor) -> None:
+        """The user tells the loss of a step."""
+        self._pace.observe(loss)
 
     def _mix(self, fragment: Fragment) -> None:
         self._reshard()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -71,8 +71,8 @@ class Rules:
     portable: bool = True
     """Whether every rank's vectors are the same between rounds, and so fit any number of ranks."""
 
-    tau: int
-    """Steps from one launch to the next."""
+    tau: int | Literal["auto"] | Callable[..., int]
+    """Steps from one launch to the next; or what chooses them, see :mod:`commhooks.periods`."""
 
     fragments: int | Sequence[Sequence[str]] = 1
     """How many parts of the model take turns, or the names of the parameters in each."""
@@ -88,10 +88,8 @@ class Rules:
         """Whether a parameter may be cut, so that the ranks of an island have a part each."""
         return True
 
-    @property
-    def delay(self) -> int:
-        """Steps from a round's launch to its landing: 0 (blocking) to ``tau``."""
-        return self.tau if self.overlapped else 0
+    delay: int = 0
+    """Steps from a round's launch to its landing, 0 (blocking) to tau; if not ``overlapped``."""
 
     @property
     def vectors(self) -> tuple[str, ...]:

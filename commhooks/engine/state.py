@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from commhooks.drift import DriftTable
 from commhooks.engine.checkpoint import FORMAT, check_identity
 from commhooks.engine.engine import Engine
 from commhooks.engine.guards.interrupts import uninterrupted
@@ -57,7 +58,7 @@ from commhooks.engine.steps.sharded import (
 from commhooks.engine.steps.uneven import ShadowRounds
 from commhooks.engine.vectors.buffers import Buffer, check_patterns, find_buffers
 from commhooks.engine.vectors.fragments import partition
-from commhooks.errors import CheckpointError, RegistrationError
+from commhooks.errors import CheckpointError, HyperParameterError, RegistrationError
 from commhooks.hook import comm_hook
 from commhooks.hyperparameters import (
     Count,
@@ -69,6 +70,7 @@ from commhooks.hyperparameters import (
     plain,
     refusal,
 )
+from commhooks.periods import chosen, hides
 from commhooks.stats import Stats
 
 if TYPE_CHECKING:
@@ -130,6 +132,12 @@ class CommHookState(Rules, Joinable):
             )
         checked_fields(self)
         one_of("compression", self.compression, (None, *CODECS))
+        if hides(self.tau) and not (self.overlapped or self.delay):
+            raise HyperParameterError(
+                f"tau={self.tau!r} looks for rounds that are hidden, and {type(self).__name__} "
+                "waits for every one of them; give a number, or take an overlapped algorithm or a "
+                "delay."
+            )
         self._forget()
         when_forwarded(self)
 
@@ -238,7 +246,7 @@ class CommHookState(Rules, Joinable):
             scaler = check_scaler(scaler, optimizers)
         except RegistrationError as error:
             refusal = str(error)
-        self._build(ddp, refusal, {"optimizers": len(optimizers)})
+        self._build(ddp, refusal, {"optimizers": len(optimizers)}, unwrapped)
         assert ddp is not None
         ddp.register_comm_hook(self, comm_hook)
         self._watch(ddp, unwrapped, scaler)
@@ -275,7 +283,13 @@ class CommHookState(Rules, Joinable):
                 )
         except RegistrationError as error:
             refusal = str(error)
-        facts = self._facts(parameters) | {"optimizers": len(optimizers)}
+        first_tau = 1
+        try:
+            first_tau = self._first_tau(unwrapped)
+        except RegistrationError as error:
+            refusal = refusal or str(error)
+        facts = self._facts(parameters)
+        facts |= {"optimizers": len(optimizers), "the first tau": first_tau}
         parent, layout = meet(mesh, self.process_group, facts, refusal)
         check = ShardCheck(model, parameters)
         self._start(
@@ -287,6 +301,7 @@ class CommHookState(Rules, Joinable):
                 self.warmup_steps,
                 self.bucket_cap_mb * 2**20,
                 check,
+                first_tau=first_tau,
                 local=local_shard,
                 reshard=check.reshard,
             )
@@ -306,7 +321,7 @@ class CommHookState(Rules, Joinable):
             self._check_model(ddp, type(ddp), bare=True)
         except RegistrationError as error:
             refusal = str(error)
-        self._build(ddp, refusal, {})
+        self._build(ddp, refusal, {}, ())
         self._bare_model = frozenset(map(id, ddp.module.parameters()))
         self._watch(ddp, (), None)
 
@@ -344,18 +359,24 @@ class CommHookState(Rules, Joinable):
         }
 
     def _build(
-        self, ddp: DistributedDataParallel | None, refusal: str | None, facts: dict[str, object]
+        self,
+        ddp: DistributedDataParallel | None,
+        refusal: str | None,
+        facts: dict[str, object],
+        optimizers: Sequence[Optimizer],
     ) -> None:
         """Agree with the other ranks, and take hold of the parameters. Collective."""
         group = self.process_group or (ddp.process_group if ddp else _world())
         parameters = synchronized_parameters(ddp) if ddp else {}
         facts = self._facts(parameters) | facts
         mine: tuple[int, ...] = ()
+        first_tau = 1
         try:
             mine = island_of(self.island, group)
+            first_tau = self._first_tau(optimizers)
         except RegistrationError as error:
             refusal = refusal or str(error)
-        facts["ranks in an island"] = len(mine)
+        facts |= {"ranks in an island": len(mine), "the first tau": first_tau}
         agree(group, facts, refusal)
         assert ddp is not None
         self._start(
@@ -367,9 +388,17 @@ class CommHookState(Rules, Joinable):
                 self.warmup_steps,
                 self.bucket_cap_mb * 2**20,
                 ParameterCheck(ddp, parameters.values()),
+                first_tau=first_tau,
                 static_graph=ddp.static_graph,
             )
         )
+
+    def _first_tau(self, optimizers: Sequence[Optimizer]) -> int:
+        rates = {float(g["lr"]) for each in optimizers for g in each.param_groups if "lr" in g}
+        try:
+            return chosen(self.tau, 0, sorted(rates, reverse=True), Stats())
+        except HyperParameterError as error:
+            raise RegistrationError(str(error)) from error
 
     def _start(self, engine: Engine) -> None:
         self._load_together(engine)
@@ -616,6 +645,31 @@ class CommHookState(Rules, Joinable):
                 "shadowed before DDP's hook is called."
             )
         Join.notify_join_context(self)
+
+    def observe(self, loss: float | Tensor) -> None:
+        """Tell the loss of a step, for a period that looks at it (:class:`~.periods.AdaComm`).
+
+        Args:
+            loss: a number, or a tensor of one, which is not waited for.
+
+        Raises:
+            RegistrationError: not registered yet.
+        """
+        self._registered().observe(loss)
+
+    def drift(self) -> DriftTable:
+        """Which parameters the workers differ in: a table, the worst one first. Collective.
+
+        ``stats`` has the same figures for the whole model, at no cost. This compares the parameters
+        as they are now, and sends as much as a round does.
+
+        Raises:
+            RoundError: a round failed, the ranks are not at the same point, or one of them cannot
+                take part.
+            RegistrationError: not registered yet, inside ``averaged()``, or there are no local
+                steps: in warm-up, after ``disable()``, with ``AllReduce``.
+        """
+        return self._registered().drift()
 
     @property
     def stats(self) -> Stats:

@@ -33,6 +33,9 @@ from common.training import Evaluation, Mean, Stopwatch, over_workers, progress_
 
 __all__ = ["Run", "conduct"]
 
+# Steps from one look at whether anybody was asked to stop to the next, where tau changes.
+_LOOKS_EVERY = 8
+
 
 class Data(Protocol):
     """What a recipe trains and tests on; ``labels`` are those of ``train``, for the partition."""
@@ -94,12 +97,13 @@ class Run(ABC):
         # From here on random numbers are each worker's own.
         set_seed(config.run.seed, device_specific=True)
 
+        period = 1 if state is None else state.tau
         self.keeper = Keeper(
             accelerator,
             config.checkpoints,
             config.run.output_dir / "checkpoints",
             config.course(),
-            period=1 if state is None else state.tau,
+            period=period if isinstance(period, int) else _LOOKS_EVERY,
         )
         self.identity = config.identity(workers)
         self.tracker = Tracker(

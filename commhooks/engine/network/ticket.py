@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from commhooks.engine.guards.process_exit import landing
 from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.network.report import COLUMNS, Report
 from commhooks.engine.vectors.devices import HostCopy
 
 __all__ = ["Point", "Ticket", "Verdict", "total"]
 
-_CALLS = ("averaged()", "finish()", "disable()", "close()")
+_CALLS = ("averaged()", "finish()", "disable()", "close()", "drift()")
 _KINDS = (
     "the gradients of a backward",
     "a round",
@@ -27,6 +28,8 @@ _KINDS = (
 
 # What a number in fp64 holds exactly.
 _48_BITS = 2**48 - 1
+
+_SILENT = Report()
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,13 @@ class Verdict:
         problem: what forbids to use the payload, if anything.
         refused: the ranks that have a reason of their own, which they have to tell the others.
         digests: every rank's.
+        reports: every rank's, by its global number.
     """
 
     problem: str | None
     refused: tuple[int, ...]
     digests: tuple[int, ...]
+    reports: Mapping[int, Sequence[float]]
 
     @property
     def alike(self) -> bool:
@@ -82,6 +87,7 @@ class Ticket:
         refused: whether this rank has a reason not to take part.
         digest: a number that stands for what else ranks must have in common, as a scalar tensor
             where the host need not know it; 48 bits made of it are sent.
+        report: what else this rank tells.
     """
 
     def __init__(
@@ -93,17 +99,21 @@ class Ticket:
         probes: Sequence[Tensor] = (),
         refused: bool = False,
         digest: int | Tensor = 0,
+        report: Report = _SILENT,
     ) -> None:
         self._ranks = communicator.ranks
         mine = (_KINDS.index(point.what), point.step, point.number, 0, refused, 0)
         # One column a rank and zeros in the others', so that the sum is everybody's row.
-        self._slots = torch.zeros(len(mine), communicator.size, dtype=torch.float64, device=device)
-        self._slots[:, communicator.rank] = torch.tensor(mine, dtype=torch.float64)
+        rows = len(mine) + COLUMNS
+        self._slots = torch.zeros(rows, communicator.size, dtype=torch.float64, device=device)
+        self._slots[: len(mine), communicator.rank] = torch.tensor(mine, dtype=torch.float64)
+        if report is not _SILENT:
+            self._slots[len(mine) :, communicator.rank] = report.row(device)
         # Folded: the exponent of a number in fp64 lies beyond the last 48 bits.
         self._slots[3, communicator.rank] = (digest ^ (digest >> 16)) & _48_BITS
         if probes:
             finite = torch.isfinite(total(probes, device))
-            self._slots[-1, communicator.rank] = (~finite).double()
+            self._slots[5, communicator.rank] = (~finite).double()
         self._copy: HostCopy | None = None
         self._future = communicator.all_reduce(self._slots).then(landing(self._fetch))
 
@@ -126,7 +136,7 @@ class Ticket:
         """
         self._future.wait()
         assert self._copy is not None
-        kinds, steps, numbers, digests, refused, broken = self._copy.read().tolist()
+        kinds, steps, numbers, digests, refused, broken, *reports = self._copy.read().tolist()
         points = [
             Point(_KINDS[int(kind)], int(step), int(number))
             for kind, step, number in zip(kinds, steps, numbers, strict=True)
@@ -143,7 +153,8 @@ class Ticket:
             ranks = [r for r, bad in zip(self._ranks, broken, strict=True) if bad]
             problem = f"the parameters of rank(s) {ranks} hold NaN or inf."
         refusing = tuple(r for r, refuses in zip(self._ranks, refused, strict=True) if refuses)
-        return Verdict(problem, refusing, tuple(map(int, digests)))
+        told = dict(zip(self._ranks, zip(*reports, strict=True), strict=True))
+        return Verdict(problem, refusing, tuple(map(int, digests)), told)
 
 
 def total(probes: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from commhooks.engine.network.report import Report
 from commhooks.engine.network.ticket import total
 from commhooks.engine.network.wires import CompressedWire, Wire
+from commhooks.engine.rounds.drift import Drift, stride_for
+from commhooks.engine.rounds.findings import Findings, findings_of
 from commhooks.engine.rounds.round import Round
 from commhooks.engine.rounds.schedule import Schedule
 from commhooks.engine.rules import Kept, Part, Rules
@@ -31,6 +35,9 @@ class Fragment:
         kept: what the algorithm keeps besides vectors.
         rates: the learning rates at the last launch, one a parameter.
         squared_distance: of the parameters to what they were last drawn to.
+        drifts: one a bucket, which measure how far this worker moves from the others.
+        findings: what the ranks told with the last round that was waited for.
+        round_seconds: how long that one was in flight; 0 if there was none.
         shapes: the parameters'.
         device: where they lie, or the first of them.
 
@@ -60,6 +67,13 @@ class Fragment:
         self.kept: Kept | None = None
         self.rates: list[float | None] | None = None
         self.wires: list[Wire] = []
+        self.drifts: list[Drift] = []
+        self.findings: Findings | None = None
+        self.round_seconds = 0.0
+        self._lengths: list[Tensor] = []
+        self._moved_before: float | Tensor = 0.0
+        self._together_before = 0.0
+        self._stride = stride_for(sum(bucket.length for bucket in self.buckets))
         self._make_wire = make_wire
         self._divisor = divisor
 
@@ -79,19 +93,25 @@ class Fragment:
         """Bytes of what a round sends, see :class:`commhooks.engine.network.wires.Wire`."""
         return sum(wire.nbytes for wire in self.wires)
 
-    def allocate(self, vectors: Sequence[str]) -> None:
+    def allocate(self, rules: Rules) -> None:
         """Make the vectors, unless they are there."""
         for bucket in self.buckets:
             if not bucket.vectors:
-                bucket.allocate(("wire", *vectors))
+                bucket.allocate(("wire", *rules.vectors))
         if not self.wires:
             self.wires = [self._make_wire(bucket.vectors["wire"]) for bucket in self.buckets]
+            differences = rules.contributes_differences
+            self.drifts = [
+                Drift(bucket, rules.reference, differences=differences, stride=self._stride)
+                for bucket in self.buckets
+            ]
 
     def start(self, rules: Rules) -> None:
         """Begin at the parameters as they are."""
-        self.allocate(rules.vectors)
+        self.allocate(rules)
         self.sweep(rules, "start")
         self._restart_wires()
+        self.findings = None
         self.rates = None
         self._keep(rules)
 
@@ -151,6 +171,10 @@ class Fragment:
         return {
             "launch": self.schedule.launch,
             "landing": self.schedule.landing,
+            "begun": self.schedule.begun,
+            "findings": self.findings.state_dict() if self.findings else None,
+            "moved": float(self._moved_before),
+            "together": self._together_before,
             "shapes": self.shapes,
             "vectors": {name: self._dump(name) for name in vectors or ()},
             "rates": self.rates if begun else None,
@@ -168,10 +192,18 @@ class Fragment:
             rules: the algorithm, if it had begun and goes on.
             residuals: whether what rounding has left over goes on, too.
         """
-        self.schedule.launch, self.schedule.landing = saved["launch"], saved["landing"]
+        schedule = self.schedule
+        schedule.launch, schedule.landing = saved["launch"], saved["landing"]
+        schedule.begun = saved["begun"]
+        self.findings = Findings(**saved["findings"]) if saved["findings"] and residuals else None
+        self._moved_before, self._together_before = saved["moved"], saved["together"]
         if rules is None:
             return
-        self.allocate(rules.vectors)
+        self.allocate(rules)
+        if "wire" not in saved["vectors"]:
+            # What the workers have in common is not known before the next round, see `drift`.
+            for bucket in self.buckets:
+                bucket.vectors["wire"].zero_()
         for name, parts in saved["vectors"].items():
             views = (view for b in self.buckets for view in b.parts(b.vectors[name]))
             for view, part in zip(views, parts, strict=True):
@@ -229,7 +261,7 @@ class Fragment:
     def release(self) -> None:
         """Let go of the vectors."""
         self.kept = None
-        self.wires = []
+        self.wires, self.drifts = [], []
         for bucket in self.buckets:
             bucket.release()
 
@@ -254,27 +286,76 @@ class Fragment:
         # It may raise, and must not once a part of the model is mixed.
         self.refresh()
         applied = [getattr(rules, name) for name in names]
-        mixing, contributing = "mix" in names, "contribute" in names and self._divisor > 1
+        mixing, launching = "mix" in names, "contribute" in names
+        dividing = launching and self._divisor > 1
         probes: list[Tensor] = []
         squares: list[Tensor] = []
+        lengths: list[Tensor] = []
         with torch.no_grad(), record_function(f"commhooks::{'+'.join(names)}"):
-            for bucket in self.buckets:
+            for bucket, drift in zip(self.buckets, self.drifts, strict=True):
+                if launching:
+                    lengths.append(drift.begin())
                 for chunk in bucket.gathered():
                     x, vectors = chunk.x, chunk.vectors
                     probes.append(finiteness(x))
+                    if launching:
+                        drift.before(chunk)
                     if mixing:
                         difference = torch.sub(x, vectors[rules.reference], out=chunk.spare)
                         squares.append(squared_norm(difference))
                     for rule in applied:
                         rule(x=x, **vectors)
-                    if contributing:
+                    if launching:
+                        drift.after(chunk)
+                    if dividing:
                         # Divided before the sum, which then overflows where the mean does.
                         vectors["wire"].mul_(1.0 / self._divisor)
                     if mixing and not bucket.shared:
                         chunk.write_back()
             if mixing:
                 self.squared_distance = HostCopy(total(squares, self.device))
+            if launching:
+                self._lengths = lengths
         return probes
+
+    def report(self, *, shared: bool) -> Report:
+        """What this rank tells with the round that it launches.
+
+        Args:
+            shared: whether it has a share of an island's model. Then it knows how far all workers
+                have moved together on its share alone, and tells so with the next round.
+        """
+
+        def squared(parts: list[Tensor]) -> Tensor:
+            return total(parts, self.device) * self._stride
+
+        report = Report(
+            apart=squared([square for drift in self.drifts for square in drift.apart]),
+            length=squared(self._lengths),
+            moved=squared([square for drift in self.drifts for square in drift.moved]),
+            round_seconds=self.round_seconds,
+        )
+        if shared:
+            moved, self._moved_before = self._moved_before, report.moved
+            report.moved, report.together = moved, self._together_before
+        return report
+
+    def found(self, finished: Round, islands: Sequence[Sequence[int]]) -> None:
+        """Take note of what the ranks have told with a round that has been waited for."""
+        self._together_before = finished.together * self._stride
+        found = findings_of(finished.reports, islands, self._together_before)
+        before = self.findings
+        if not found.length and before is not None:
+            # A checkpoint without the wire was loaded, so that nobody knew what was in common.
+            found = replace(
+                found,
+                apart=before.apart,
+                length=before.length,
+                moved=before.moved,
+                together=before.together,
+            )
+        self.findings = found
+        self.round_seconds = finished.arrived.seconds_since(finished.launched)
 
     @property
     def common(self) -> list[Tensor]:

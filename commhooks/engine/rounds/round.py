@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,14 @@ from torch.profiler import record_function
 from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.guards.process_exit import landing
 from commhooks.engine.network.links import Links
+from commhooks.engine.network.report import Report
 from commhooks.engine.network.ticket import Point, Ticket
 from commhooks.engine.network.wires import Wire
+from commhooks.engine.rounds.drift import Drift
 from commhooks.engine.rules import Kept, Rules
 from commhooks.engine.vectors.buckets import Bucket
 from commhooks.engine.vectors.devices import (
+    HostCopy,
     Moment,
     catch_up_with_callbacks,
     keep_for_this_stream,
@@ -46,6 +50,8 @@ class Round:
         refusal: why this rank cannot take part; it then sends its ticket alone.
         fingerprint: a number that the ranks of an island have in common if their parameters are the
             same.
+        report: what this rank tells the others.
+        drifts: one a bucket, which have taken note of the launch.
     """
 
     def __init__(
@@ -58,16 +64,20 @@ class Round:
         rules: Rules,
         kept: Kept | None,
         probes: Sequence[Tensor],
+        *,
         refusal: str | None = None,
         fingerprint: int | Tensor = 0,
+        report: Report,
+        drifts: Sequence[Drift],
     ) -> None:
         self.number = point.number
+        self._together: list[HostCopy] = []
         self._links = links
         self._rules = rules
         self._kept = kept
         self._failures: list[str] = []
         self._futures: list[torch.futures.Future[Tensor]] = []
-        self._second_shots: deque[tuple[Bucket, Wire, torch.futures.Future[Any]]] = deque()
+        self._second_shots: deque[tuple[Bucket, Drift, Wire, torch.futures.Future[Any]]] = deque()
         self._device = device
         self.launched = self.arrived = Moment(device)
         self._ticket: Ticket | None = None
@@ -84,16 +94,18 @@ class Round:
                     probes=probes,
                     refused=refusal is not None,
                     digest=fingerprint,
+                    report=report,
                 )
-                for bucket, wire in zip(buckets, wires, strict=True) if refusal is None else ():
+                parts = zip(buckets, wires, drifts, strict=True) if refusal is None else ()
+                for bucket, wire, drift in parts:
                     # Of some buckets this rank may have no share, and neither have its peers.
                     if not bucket.length:
                         continue
                     first = wire.launch()
                     if wire.two_shots:
-                        self._second_shots.append((bucket, wire, first))
+                        self._second_shots.append((bucket, drift, wire, first))
                     else:
-                        self._chain(first, bucket)
+                        self._chain(first, bucket, drift)
                 if not self._second_shots:
                     self._let_arrive()
         except RuntimeError as error:
@@ -111,7 +123,7 @@ class Round:
         """
         try:
             while self._second_shots and not self._failures:
-                bucket, wire, first = self._second_shots[0]
+                bucket, drift, wire, first = self._second_shots[0]
                 if wait:
                     if self._verdict() is not None:
                         break
@@ -120,7 +132,7 @@ class Round:
                     return False
                 with uninterrupted(), side_stream(self._device):
                     first.wait()
-                    self._chain(wire.send_back(), bucket)
+                    self._chain(wire.send_back(), bucket, drift)
                     self._second_shots.popleft()
                     if not self._second_shots:
                         self._let_arrive()
@@ -154,6 +166,16 @@ class Round:
             catch_up_with_callbacks(self._device)
         return self._failures[0] if self._failures else None
 
+    @property
+    def together(self) -> float:
+        """The sum of :meth:`Drift.together` over the buckets, after :meth:`wait`."""
+        return math.fsum(square.read().item() for square in self._together)
+
+    @property
+    def reports(self) -> Mapping[int, Sequence[float]]:
+        """What the ranks have told, after :meth:`wait`."""
+        return {} if self._ticket is None else self._ticket.wait().reports
+
     def _verdict(self) -> str | None:
         """What the tickets say against the payload, once they have come."""
         if self._ticket is None:
@@ -167,8 +189,8 @@ class Round:
     def _is_trusted(self) -> bool:
         return self._ticket is not None and self._ticket.done and self._verdict() is None
 
-    def _chain(self, mean: torch.futures.Future[Any], bucket: Bucket) -> None:
-        self._futures.append(mean.then(landing(self._chained_to(bucket))))
+    def _chain(self, mean: torch.futures.Future[Any], bucket: Bucket, drift: Drift) -> None:
+        self._futures.append(mean.then(landing(self._chained_to(bucket, drift))))
 
     def _let_arrive(self) -> None:
         if self._kept is not None and self._futures:
@@ -190,13 +212,16 @@ class Round:
 
         return arrive
 
-    def _chained_to(self, bucket: Bucket) -> Callable[[torch.futures.Future[Any]], Tensor]:
+    def _chained_to(
+        self, bucket: Bucket, drift: Drift
+    ) -> Callable[[torch.futures.Future[Any]], Tensor]:
         def chain(reduced: torch.futures.Future[Any]) -> Tensor:
             """Runs on the backend's thread when the all-reduce ends."""
             wire = bucket.vectors["wire"]
             try:
                 reduced.value()
                 with record_function("commhooks::chain"):
+                    self._together.append(drift.together())
                     for vectors in bucket.slices:
                         self._rules.chain(**vectors)
             except Exception as error:
