@@ -259,10 +259,11 @@ def _check_findings(part: Mapping[str, Any], m: int, where: str) -> None:
         value = part.get(name)
         if not isinstance(value, float) or not math.isfinite(value) or value < 0:
             _refuse(f"{where}.{name}", "a number from 0", value)
-    found = part.get("findings")
-    wanted = None if found is None else Findings.refusal(found, m)
-    if wanted is not None or "findings" not in part:
-        _refuse(f"{where}.findings", wanted or "there", found)
+    for name in ("findings", "newer"):
+        found = part.get(name)
+        wanted = None if found is None else Findings.refusal(found, m)
+        if wanted is not None or name not in part:
+            _refuse(f"{where}.{name}", wanted or "there", found)
 
 
 def _check_vectors(

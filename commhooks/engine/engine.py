@@ -366,8 +366,8 @@ class Engine:
             if cause is not None:
                 self._call.fail(cause, finished.number)
             fragment.found(finished, self.layout.islands)
-            if finished.number == 1 and fragment.findings is not None:
-                self._first_loss = fragment.findings.loss
+            if finished.number == 1 and fragment.newest_findings is not None:
+                self._first_loss = fragment.newest_findings.loss
             if all(each.round is None for each in self._fragments):
                 self.links.idle()
             self._meter.rounds_used += 1
@@ -496,7 +496,8 @@ class Engine:
         """Somebody else than an optimizer is about to write to the parameters."""
         if self._finished_at == self.steps.step:
             self._started = False
-        self._overwritten = self._started and bool(self._saved_vectors)
+        drawn_back = self._rules.overlapped or bool(self._rules.vectors)
+        self._overwritten = self._started and drawn_back
 
     # Reports and checkpoints.
 
@@ -524,7 +525,7 @@ class Engine:
             consensus_distance=math.sqrt(square),
             tau=self._cycle.tau,
             first_loss=self._first_loss,
-            **seen_together(fragment.findings for fragment in self._fragments),
+            **seen_together(fragment.newest_findings for fragment in self._fragments),
         )
 
     @_outside_inference_mode
@@ -639,7 +640,11 @@ class Engine:
     @property
     def _saved_vectors(self) -> tuple[str, ...]:
         """The vectors that mean something between launches and landings."""
-        return (*self._rules.vectors, *(("wire",) if self._rules.overlapped else ()))
+        rules = self._rules
+        return (
+            *rules.vectors,
+            *(("wire",) if rules.overlapped or rules.reference == "wire" else ()),
+        )
 
     # Inside a boundary.
 
@@ -769,6 +774,7 @@ class Engine:
         Raises:
             RoundError: it chose something that is no number of steps.
         """
+        fragment.landed()
         found, rules = fragment.findings, self._rules
         if isinstance(rules.tau, int) or found is None:
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ class Fragment:
         rates: the learning rates at the last launch, one a parameter.
         squared_distance: of the parameters to what they were last drawn to.
         drifts: one a bucket, which measure how far this worker moves from the others.
-        findings: what the ranks told with the last round that was waited for.
+        findings: what the ranks told with the last round that has landed.
         round_seconds: how long that one was in flight; 0 if there was none.
         shapes: the parameters'.
         device: where they lie, or the first of them.
@@ -69,6 +68,7 @@ class Fragment:
         self.wires: list[Wire] = []
         self.drifts: list[Drift] = []
         self.findings: Findings | None = None
+        self._newer: Findings | None = None
         self.round_seconds = 0.0
         self._lengths: list[Tensor] = []
         self._moved_before: float | Tensor = 0.0
@@ -111,7 +111,7 @@ class Fragment:
         self.allocate(rules)
         self.sweep(rules, "start")
         self._restart_wires()
-        self.findings = None
+        self.findings = self._newer = None
         self.rates = None
         self._keep(rules)
 
@@ -173,6 +173,7 @@ class Fragment:
             "landing": self.schedule.landing,
             "begun": self.schedule.begun,
             "findings": self.findings.state_dict() if self.findings else None,
+            "newer": self._newer.state_dict() if self._newer else None,
             "moved": float(self._moved_before),
             "together": self._together_before,
             "shapes": self.shapes,
@@ -195,15 +196,12 @@ class Fragment:
         schedule = self.schedule
         schedule.launch, schedule.landing = saved["launch"], saved["landing"]
         schedule.begun = saved["begun"]
-        self.findings = Findings(**saved["findings"]) if saved["findings"] and residuals else None
+        for name, found in (("findings", saved["findings"]), ("_newer", saved["newer"])):
+            setattr(self, name, Findings(**found) if found and residuals else None)
         self._moved_before, self._together_before = saved["moved"], saved["together"]
         if rules is None:
             return
         self.allocate(rules)
-        if "wire" not in saved["vectors"]:
-            # What the workers have in common is not known before the next round, see `drift`.
-            for bucket in self.buckets:
-                bucket.vectors["wire"].zero_()
         for name, parts in saved["vectors"].items():
             views = (view for b in self.buckets for view in b.parts(b.vectors[name]))
             for view, part in zip(views, parts, strict=True):
@@ -214,6 +212,19 @@ class Fragment:
             self.kept.load_state_dict(saved["kept"])
         if saved["wires"] is not None:
             self._load_wires(saved["wires"], residuals=residuals)
+
+    @property
+    def newest_findings(self) -> Findings | None:
+        """Those of a round that has been waited for ahead of its landing, if there is one.
+
+        A rank does so alone when it saves a checkpoint, so that only :attr:`findings` are the same
+        on every rank at every step.
+        """
+        return self._newer or self.findings
+
+    def landed(self) -> None:
+        """A round lands, on every rank at the same step."""
+        self.findings, self._newer = self.newest_findings, None
 
     def _dump(self, name: str) -> list[Tensor]:
         """Copies of a vector, one tensor a parameter, whatever the buckets' sizes."""
@@ -343,18 +354,7 @@ class Fragment:
     def found(self, finished: Round, islands: Sequence[Sequence[int]]) -> None:
         """Take note of what the ranks have told with a round that has been waited for."""
         self._together_before = finished.together * self._stride
-        found = findings_of(finished.reports, islands, self._together_before)
-        before = self.findings
-        if not found.length and before is not None:
-            # A checkpoint without the wire was loaded, so that nobody knew what was in common.
-            found = replace(
-                found,
-                apart=before.apart,
-                length=before.length,
-                moved=before.moved,
-                together=before.together,
-            )
-        self.findings = found
+        self._newer = findings_of(finished.reports, islands, self._together_before)
         self.round_seconds = finished.arrived.seconds_since(finished.launched)
 
     @property
