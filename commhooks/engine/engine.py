@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from commhooks.drift import DriftTable
+from commhooks.engine.advice import Advice
 from commhooks.engine.checkpoint import check_values
 from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.guards.refused_backward import raise_after_backward
@@ -156,6 +157,13 @@ class Engine:
         ]
         self._cycle = Cycle([each.schedule for each in self._fragments], first_tau)
         self._pace = Pace()
+        self._advice = Advice(
+            self,
+            type(rules).__name__,
+            self._call,
+            None if rules.overlapped else rules.delay,
+            speaks=self.speaks,
+        )
         self._first_loss: float | None = None
         self._read_rates: weakref.WeakMethod[Callable[[], Mapping[int, float]]] | None = None
         self.device = self._call.device = self._fragments[0].device
@@ -173,6 +181,11 @@ class Engine:
         self._finished_at = self._finish_cut_short_at = -1
         self._overwritten = False
         self._gradients_averaged_for = -1
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank says what holds for all of them."""
+        return self.links.everyone.rank == 0
 
     # Steps.
 
@@ -248,6 +261,12 @@ class Engine:
                 self._count_step(local=not averaging)
             self._shadowed = False
         return gradient
+
+    def before_forward(self, model: nn.Module) -> None:
+        """The model is about to run."""
+        self.pass_by()
+        if not (model.training or torch.is_grad_enabled() or self._consensus is not None):
+            self._advice.evaluated()
 
     def pass_by(self) -> None:
         """The training thread passes; start what waits for it, the same order on every rank."""
@@ -334,13 +353,13 @@ class Engine:
             with uninterrupted():
                 if launching:
                     if landing:
-                        self._adopt_tau(fragment)
+                        self._landed(fragment)
                     self._launch(fragment, mix_first=landing)
                     launched.append(fragment)
                 else:
                     self._mix(fragment)
                     schedule.landed()
-                    self._adopt_tau(fragment)
+                    self._landed(fragment)
 
     def drain(self) -> None:
         """Wait for what is in flight, and its chained updates. It is mixed in when it lands.
@@ -407,6 +426,7 @@ class Engine:
             refusal = self._check()
             consensus = enter(what, buckets, buffers, refusal, self.links, self._call, self._meter)
             self._block, self._consensus = block, consensus
+            self._advice.together()
 
     def leave_consensus(self, block: object) -> None:
         """Put this rank's own model back, if the consensus is there for this very block."""
@@ -703,6 +723,7 @@ class Engine:
     def _count_step(self, *, local: bool) -> None:
         self.steps.step += 1
         self._pace.step(self._meter.seconds_exposed)
+        self._advice.stepped(local=local)
         # On every rank at once, whose optimizer may skip the step, since it decides what
         # averaged() sends; and for good, since optimizers keep what they saw of local gradients.
         self._drifted |= local
@@ -768,15 +789,15 @@ class Engine:
         report.rates = tuple(self._rates().values())
         return report
 
-    def _adopt_tau(self, fragment: Fragment) -> None:
-        """Let the period choose how long the next cycle is, from what all ranks know alike.
+    def _landed(self, fragment: Fragment) -> None:
+        """Look at what all ranks know alike; let the period choose how long the next cycle is.
 
         Raises:
             RoundError: it chose something that is no number of steps.
         """
         fragment.landed()
         found, rules = fragment.findings, self._rules
-        if isinstance(rules.tau, int) or found is None:
+        if found is None:
             return
         stats = Stats(
             step=self.steps.step,
@@ -788,6 +809,9 @@ class Engine:
             first_loss=self._first_loss,
             **seen_together(each.findings for each in self._fragments),
         )
+        self._advice.landed(stats)
+        if isinstance(rules.tau, int):
+            return
         try:
             tau = chosen(rules.tau, self.steps.step, tuple(found.rates), stats)
         except HyperParameterError as error:

@@ -106,6 +106,14 @@ class Rules:
         """Name of the vector that ``mix`` draws ``x`` to; the consensus distance is ``x`` to it."""
         return "wire"
 
+    def rate_factor(self, m: int) -> float:
+        """What a learning rate that is right for DDP is multiplied by.
+
+        With the same gradient at every step, the consensus model of ``m`` workers then moves as far
+        as DDP's would.
+        """
+        return 1.0
+
     def resolve(self, m: int) -> None:
         """Fix the hyper-parameters that depend on the number of workers ``m``."""
 
