@@ -1,6 +1,6 @@
 """Pins `lr_factor`: with it the consensus moves as far as DDP's model, where gradients stay."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
@@ -15,7 +15,7 @@ from tests.harness import run_ranks
 
 LR, TAU = 0.01, 3
 
-STATES: Sequence[partial[commhooks.CommHookState]] = (
+STATES: Sequence[Callable[[], commhooks.CommHookState]] = (
     partial(commhooks.AllReduce),
     partial(commhooks.LocalSGD, tau=TAU),
     partial(commhooks.OverlapLocalSGD, tau=TAU),

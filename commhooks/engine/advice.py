@@ -16,9 +16,9 @@ __all__ = ["Advice"]
 logger = logging.getLogger("commhooks")
 
 # A round in flight makes steps a little longer, and clocks differ; this much is none of those.
-_EXPOSED = 0.1
+_EXPOSED = 0.2
 # So many rounds in a row.
-_ROUNDS = 3
+_ROUNDS = 5
 # Beyond it, averaging models is averaging different ones (docs/worse.md has what was measured).
 _DRIFT = 0.5
 

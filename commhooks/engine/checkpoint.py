@@ -217,10 +217,11 @@ def _check_losses(losses: Mapping[str, Any]) -> None:
     if set(losses) != {"sum", "count", "first"}:
         _refuse("losses", "a sum, a count and the first", losses)
     _counter(losses["count"], "losses.count")
-    if not isinstance(losses["sum"], float):
-        _refuse("losses.sum", "a number", losses["sum"])
-    if losses["first"] is not None and not isinstance(losses["first"], float):
-        _refuse("losses.first", "a number, or None", losses["first"])
+    for name, missing in (("sum", None if losses["count"] else 0.0), ("first", None)):
+        value = losses[name]
+        number = isinstance(value, float) and math.isfinite(value)
+        if value != missing and (not number or missing is not None):
+            _refuse(f"losses.{name}", f"a number or {missing}", value)
 
 
 def _check_schedule(

@@ -563,11 +563,7 @@ class Engine:
         return {
             "schedule": asdict(self.steps),
             "cycle": self._cycle.state_dict(),
-            "losses": {
-                "sum": float(self._pace.loss),
-                "count": self._pace.losses,
-                "first": self._first_loss,
-            },
+            "losses": {**self._pace.state_dict(), "first": self._first_loss},
             "meter": asdict(self._meter),
             "started": self._started,
             "drifted": self._drifted,
@@ -628,7 +624,7 @@ class Engine:
         self._drifted = saved["drifted"]
         self.disabled = saved["disabled"]
         self._cycle.load_state_dict(saved["cycle"])
-        self._pace.loss, self._pace.losses = saved["losses"]["sum"], saved["losses"]["count"]
+        self._pace.load_state_dict(saved["losses"])
         self._first_loss = saved["losses"]["first"]
         for name, value in saved["schedule"].items():
             setattr(self.steps, name, value)

@@ -160,15 +160,13 @@ _SMALL_TRANSFORMER = (
     *("--batch-size", "8", "--max-steps", "384", "--eval-every", "384"),
     *("--lr-warmup-epochs", "0.005", "--sample", "0"),
 )
-_ROUNDED = tuple(
-    ":".join(["overlap-local-sgd", ",".join(["beta=0.7", *compression])])
-    for compression in (
-        [],
-        ["compression=int8"],
-        ["compression=int4"],
-        ["compression=int4-without-feedback"],
-    )
-)
+_ROUNDED = ("", "compression=int8", "compression=int4", "compression=int4-without-feedback")
+
+
+def _rounded(method: str) -> tuple[str, ...]:
+    """A method with every kind of rounding, and one more to compare with."""
+    return tuple(f"{method},{compression}".rstrip(",") for compression in _ROUNDED)
+
 
 GRIDS = {
     # What `make compare` shows first: under a minute.
@@ -217,7 +215,7 @@ GRIDS = {
     ),
     # What rounding costs, with and without error feedback.
     "compression": Grid(
-        algorithms=("ddp", *_ROUNDED),
+        algorithms=("ddp", *_rounded("overlap-local-sgd:beta=0.7")),
         tau=(8, 24),
         partitions=("iid",),
         seeds=(0, 1, 2),
@@ -226,7 +224,10 @@ GRIDS = {
     ),
     # The same for recipes/language.py.
     "compression-language": Grid(
-        algorithms=_ROUNDED,
+        algorithms=(
+            *_rounded("overlap-local-sgd:beta=0.7"),
+            *_rounded("diloco:outer_momentum=0.5,delay=tau/2,merge=carry"),
+        ),
         tau=(8, 24),
         partitions=("iid",),
         seeds=(0, 1, 2),
