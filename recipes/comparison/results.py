@@ -64,6 +64,16 @@ class CellResult:
             values = [value for value in values if not math.isnan(value)]
         return spread(values) if values else None
 
+    def reached(self, metric: str, level: float, axis: Axis) -> Spread | None:
+        """Where along ``axis`` a metric was at ``level`` first; None if a run never was."""
+        firsts = [
+            axis.value(run, record)
+            for run in self.runs
+            for record in [next((r for r in run.history if r.get(metric, 0.0) >= level), None)]
+            if record is not None
+        ]
+        return spread(firsts) if len(firsts) == len(self.runs) else None
+
     def curve(self, metric: str, axis: Axis) -> Curve:
         """A metric such as ``eval/loss`` against ``axis``; its points are those all seeds have.
 
