@@ -43,6 +43,11 @@ class EASGD(CommHookState):
         self._m = m
         self._alpha = 0.9 / m if self.alpha is None else self.alpha
 
+    @property
+    def weight_of_x(self) -> float:
+        """1 - alpha."""
+        return 1 - self._alpha
+
     def start(self, *, x: Tensor, wire: Tensor) -> None:
         """z <- x; the wire holds z between rounds."""
         wire.copy_(x)

@@ -54,6 +54,11 @@ class OverlapLocalSGD(CommHookState):
         """The anchor."""
         return "z" if self.beta else "wire"
 
+    @property
+    def weight_of_x(self) -> float:
+        """1 - alpha."""
+        return 1 - self.alpha
+
     def start(
         self,
         *,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from commhooks.errors import CheckpointError
 
-__all__ = ["Kept", "Part", "Rules"]
+__all__ = ["Kept", "Part", "Rules", "weight_in_background"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,15 @@ class Rules:
         """Name of the vector that ``mix`` draws ``x`` to; the consensus distance is ``x`` to it."""
         return "wire"
 
+    @property
+    def weight_of_x(self) -> float | None:
+        """c, where ``mix`` is x <- c x + b and b is made of the vectors alone; None if it is not.
+
+        b is then gathered inside an island ahead of the landing, in the background. ``mix`` may
+        write to no vector but the wire. A class that overrides ``mix`` has to say this anew.
+        """
+        return None
+
     def resolve(self, m: int) -> None:
         """Fix the hyper-parameters that depend on the number of workers ``m``."""
 
@@ -158,3 +167,9 @@ class Rules:
 
     def arrive(self, kept: Any) -> None:
         """Do what needs all of a fragment's means, after the last ``chain`` and off its thread."""
+
+
+def weight_in_background(rules: Rules) -> float | None:
+    """The weight of x at a landing that can be prepared in the background; None at any other."""
+    first = next(each for each in type(rules).__mro__ if {"mix", "weight_of_x"} & vars(each).keys())
+    return rules.weight_of_x if rules.delay and "weight_of_x" in vars(first) else None
