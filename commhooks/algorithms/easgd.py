@@ -47,6 +47,11 @@ class EASGD(CommHookState):
         """Workers and centre pull at each other, and only m of the m + 1 of them make steps."""
         return (m + 1) / m
 
+    @property
+    def weight_of_x(self) -> float:
+        """1 - alpha."""
+        return 1 - self._alpha
+
     def start(self, *, x: Tensor, wire: Tensor) -> None:
         """z <- x; the wire holds z between rounds."""
         wire.copy_(x)

@@ -65,6 +65,11 @@ class OverlapLocalSGD(CommHookState):
             return 1.0
         return 1.0 + self.alpha * (1 - self.beta) / (1 - self.alpha)
 
+    @property
+    def weight_of_x(self) -> float:
+        """1 - alpha."""
+        return 1 - self.alpha
+
     def start(
         self,
         *,

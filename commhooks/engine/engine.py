@@ -36,7 +36,7 @@ from commhooks.engine.rounds.fragment import Fragment
 from commhooks.engine.rounds.round import Round
 from commhooks.engine.rounds.schedule import Cycle, Schedule
 from commhooks.engine.rounds.sharing import Sharing
-from commhooks.engine.rules import Rules
+from commhooks.engine.rules import Rules, weight_in_background
 from commhooks.engine.steps.averaging import StepAverager
 from commhooks.engine.steps.backward import Backwards
 from commhooks.engine.vectors.buckets import build_buckets
@@ -112,9 +112,15 @@ class Engine:
         self._sharded = local is not None
         self.layout = layout
         compressed = rules.compression is not None and layout.m > 1
-        self.links = Links(parent, self, layout, two_shots=compressed)
-        self._sending: deque[Round] = deque()
         rules.resolve(layout.m)
+        self.links = Links(
+            parent,
+            self,
+            layout,
+            two_shots=compressed,
+            background=not self._sharded and weight_in_background(rules) is not None,
+        )
+        self._sending: deque[Round] = deque()
         steps = self.steps = Steps(step=0, origin=warmup_steps)
         self.disabled = False
         self._meter = Meter()
@@ -127,9 +133,6 @@ class Engine:
         self._call = RollCall(
             type(rules).__name__, self.links, self._meter, lambda: steps.step, in_island
         )
-        self._sharing: Sharing | None = None
-        if self.links.island is not None and not self._sharded:
-            self._sharing = Sharing(self.links.island, self._call)
         self._backwards = Backwards(parameters.values(), static_graph=static_graph)
         # By their whole sizes, so that all ranks deal them out alike.
         parts = partition(parameters, rules.fragments)
@@ -149,7 +152,7 @@ class Engine:
             Fragment(
                 part,
                 build_buckets(part, cap_bytes, *shares, cuttable=rules.elementwise),
-                Schedule(None if rules.overlapped else rules.delay),
+                Schedule(rules.delay),
                 make_wire,
                 1 if compressed else layout.m,
             )
@@ -161,10 +164,13 @@ class Engine:
             self,
             type(rules).__name__,
             self._call,
-            None if rules.overlapped else rules.delay,
+            rules.delay,
             speaks=self.speaks,
         )
         self._first_loss: float | None = None
+        self._sharing: Sharing | None = None
+        if self.links.island is not None and not self._sharded:
+            self._sharing = Sharing(self.links, self._call, self._fragments)
         self._read_rates: weakref.WeakMethod[Callable[[], Mapping[int, float]]] | None = None
         self.device = self._call.device = self._fragments[0].device
         self._cycle.restart(warmup_steps)
@@ -245,18 +251,24 @@ class Engine:
                 )
             return gradient
         averaging = self.averages_gradients
-        gradient = self._gradients.average(bucket, first=first, last=last, everywhere=averaging)
+        sharing = None if averaging or not self._started else self._sharing
+        ready = sharing.ready() if first and sharing is not None else 0
+        gradient = self._gradients.average(
+            bucket, first=first, last=last, everywhere=averaging, ready=ready
+        )
         if self._call.failed and (averaging or self.links.island is not None):
             return gradient
         if last:
-            if not averaging and not self._started:
-                # Now, since what comes next may be an optimizer already in its step, whose closure
-                # this backward is part of.
-                try:
+            try:
+                if sharing is not None:
+                    sharing.gather(self._rules, self._gradients.agreed)
+                if not averaging and not self._started:
+                    # Now, since what comes next may be an optimizer already in its step, whose
+                    # closure this backward is part of.
                     self._start_together()
-                except RoundError as error:
-                    raise_after_backward(error)
-                    return gradient
+            except RoundError as error:
+                raise_after_backward(error)
+                return gradient
             if not self._shadowed:
                 self._count_step(local=not averaging)
             self._shadowed = False
@@ -370,6 +382,9 @@ class Engine:
         self._call.raise_if_failed()
         for fragment in self._fragments:
             self._wait_for(fragment)
+        if self._sharing is not None:
+            self._sharing.settle()
+            self._idle()
 
     def _wait_for(self, fragment: Fragment) -> None:
         finished = fragment.round
@@ -387,12 +402,16 @@ class Engine:
             fragment.found(finished, self.layout.islands)
             if finished.number == 1 and fragment.newest_findings is not None:
                 self._first_loss = fragment.newest_findings.loss
-            if all(each.round is None for each in self._fragments):
-                self.links.idle()
+            self._idle()
             self._meter.rounds_used += 1
             self._meter.communication(
                 finished.launched, finished.arrived, began, Moment(self.device)
             )
+
+    def _idle(self) -> None:
+        """Let the groups go to another state, if nothing is in flight."""
+        if all(each.round is None and not each.gathers for each in self._fragments):
+            self.links.idle()
 
     # The consensus model.
 
@@ -463,6 +482,8 @@ class Engine:
         self._finished_at = self.steps.step
         self.steps.origin = max(self.steps.origin, self.steps.step)
         self._cycle.restart(self.steps.origin)
+        for fragment in self._fragments:
+            fragment.drop_gathering()
         if self._started:
             # Here, where all ranks have the same parameters: an optimizer may still have to step.
             self._start()
@@ -770,8 +791,8 @@ class Engine:
         self._cycle.launched(fragment.schedule)
         self._meter.rounds_launched = number
         self._meter.bytes_reduced += fragment.nbytes
-        if mix_first and self._sharing is not None and self._sharing.all_can(refusal):
-            self._sharing.put_together(fragment)
+        if mix_first and self._sharing is not None and self._sharing.all_can(fragment, refusal):
+            self._sharing.put_together(fragment, self._rules)
         # Else nobody in the island is mixed, and the round ends in an error on every rank.
 
     def _report(self, fragment: Fragment) -> Report:
@@ -857,4 +878,5 @@ class Engine:
             fragment.sweep(self._rules, "mix")
         except RegistrationError as error:
             refusal = str(error)
-        self._sharing.land(fragment, refusal)
+        self._sharing.land(fragment, self._rules, refusal)
+        self._idle()

@@ -136,7 +136,7 @@ class CommHookState(Rules, Joinable):
             )
         checked_fields(self)
         one_of("compression", self.compression, (None, *CODECS))
-        if hides(self.tau) and not (self.overlapped or self.delay):
+        if hides(self.tau) and self.delay == 0:
             raise HyperParameterError(
                 f"tau={self.tau!r} looks for rounds that are hidden, and {type(self).__name__} "
                 "waits for every one of them; give a number, or take an overlapped algorithm or a "
