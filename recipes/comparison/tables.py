@@ -10,7 +10,7 @@ from rich.table import Table
 
 from common.markdown import machine, markdown_table
 from comparison.grid import Cell
-from comparison.results import AXES, CellResult
+from comparison.results import AXES, CellResult, sweeps_rates
 
 __all__ = ["NOTE", "Measure", "markdown", "quality_of", "terminal_tables"]
 
@@ -107,7 +107,7 @@ def _tables(results: Sequence[CellResult]) -> list[_Table]:
     tables = []
     if len({result.cell.tau for result in results} - {None}) > 1:
         tables += [_over_tau(quality, partition, share) for partition, share in shares.items()]
-    if len({result.cell.lr for result in results}) > 1:
+    if sweeps_rates(results):
         tables += [_over_lr(quality, partition, share) for partition, share in shares.items()]
     return tables + [_figures(quality, partition, share) for partition, share in shares.items()]
 
