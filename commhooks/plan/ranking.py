@@ -24,9 +24,9 @@ LONGEST = 128
 """The longest tau that is tried."""
 
 SMALL = 8
-"""Up to this tau the models hardly drift apart, so that a smaller one is no reason to round more.
+"""A tau up to this one cost little where docs/choosing.md measured it.
 
-This is what docs/choosing.md measured.
+So a smaller one is no reason to round more.
 """
 
 REASON = (
