@@ -56,12 +56,21 @@ class Advice:
         algorithm: its name.
         call: knows whether a round has failed.
         delay: steps from a launch to its landing, 0 if rounds are waited for; None for tau.
+        adapts: whether tau is made to fit by itself.
         speaks: whether this rank says what all of them find.
     """
 
     def __init__(
-        self, owner: object, algorithm: str, call: _Call, delay: int | None, *, speaks: bool
+        self,
+        owner: object,
+        algorithm: str,
+        call: _Call,
+        delay: int | None,
+        *,
+        adapts: bool,
+        speaks: bool,
     ) -> None:
+        self._adapts = adapts
         self._delay = delay
         self._speaks = speaks
         self._said: set[str] = set()
@@ -109,6 +118,8 @@ class Advice:
         if self._late < _ROUNDS:
             return
         if stats.round_seconds > cover:
+            if self._adapts:
+                return
             needed = math.ceil(1.2 * stats.round_seconds / stats.step_seconds)
             name = "tau" if self._delay is None else "delay"
             self._say(

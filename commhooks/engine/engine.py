@@ -44,7 +44,7 @@ from commhooks.engine.vectors.buffers import Buffer
 from commhooks.engine.vectors.devices import Moment
 from commhooks.engine.vectors.fragments import partition
 from commhooks.errors import CheckpointError, HyperParameterError, RegistrationError, RoundError
-from commhooks.periods import chosen
+from commhooks.periods import chosen, hides
 from commhooks.stats import Stats
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ class Engine:
             type(rules).__name__,
             self._call,
             rules.delay,
+            adapts=hides(rules.tau),
             speaks=self.speaks,
         )
         self._first_loss: float | None = None

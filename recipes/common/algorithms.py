@@ -88,8 +88,11 @@ class AlgorithmOptions:
     algorithm: AlgorithmName = "overlap-local-sgd"
     """ddp is PyTorch alone, without a hook; all-reduce is the same mathematics through the library,
     which then also measures its communication."""
-    tau: Annotated[int | None, _hint(metavar="STEPS", help_behavior_hint="(default: 8)")] = None
-    """Steps between two averagings of the parameters."""
+    tau: Annotated[
+        int | Literal["auto"] | None,
+        _hint(metavar="STEPS|auto", help_behavior_hint="(default: 8)"),
+    ] = None
+    """Steps between two averagings of the parameters; auto takes as few as hide one."""
     alpha: Annotated[
         float | None,
         _hint(metavar="FLOAT", help_behavior_hint="(default: 0.6; easgd: 0.9/workers; diloco: 0)"),
@@ -265,10 +268,12 @@ def _outer(name: OuterName, lr: float, momentum: float) -> partial[Any]:
     return partial(SGD, lr=lr, momentum=momentum, nesterov=name == "nesterov" and momentum > 0)
 
 
-def _steps(delay: int | str, tau: int) -> int:
+def _steps(delay: int | str, tau: int | str) -> int:
     """A number of steps, which may be said as a part of tau."""
     if isinstance(delay, int):
         return delay
+    if isinstance(tau, str):
+        raise RecipeError(f"--delay {delay}: with --tau {tau}, write a number of steps")
     head, slash, divisor = delay.partition("/")
     if head != "tau" or bool(slash) != bool(divisor.isdigit() and int(divisor)):
         raise RecipeError(f"--delay {delay}: write a number of steps, tau, or tau/4")
