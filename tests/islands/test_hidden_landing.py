@@ -147,6 +147,28 @@ def test_whatever_the_ranks_are_ready_for_the_run_is_the_same(unsure: list[int])
             assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
+def gathered_by(case: Case, unready: int) -> list[bool]:
+    """Whether this rank gathers, step by step, while another never says that it could."""
+    if dist.get_rank() == unready:
+        Sharing.ready = lambda _: 0  # type: ignore[assignment, method-assign]
+    trainer = Trainer(case)
+    seen = []
+    for trainer.steps in range(1, TAU + DELAY):
+        trainer.backward()
+        seen.append(fragment(trainer).gathered)
+        trainer.optimize()
+        await_arrival(trainer)
+    trainer.state.finish()
+    return seen
+
+
+def test_nothing_is_gathered_that_a_mate_is_not_ready_for() -> None:
+    first, second, *others = run_ranks(gathered_by, 4, BLEND, 1)
+    assert not any(first + second)
+    for seen in others:
+        assert seen.index(True) == TAU
+
+
 def delayed(case: Case, signals: Signals) -> list[Tensor]:
     """The second island stands still before its launch until the first is one step from landing."""
     trainer = Trainer(case)
