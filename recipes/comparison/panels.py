@@ -12,7 +12,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from comparison.grid import Method
 from comparison.results import CellResult
 from comparison.style import FONT_SIZE, Look
 
@@ -101,9 +100,9 @@ def log_ticks(axis: Axis) -> None:
     axis.set_major_formatter("{x:g}")
 
 
-def legend_of_lines(figure: Figure, looks: Mapping[Method, Look], columns: int) -> None:
-    """Every method's line, below the panels."""
-    handles = [Line2D([], [], label=method.label, **look.line()) for method, look in looks.items()]
+def legend_of_lines(figure: Figure, looks: Mapping[str, Look], columns: int) -> None:
+    """Every label's line, below the panels."""
+    handles = [Line2D([], [], label=label, **look.line()) for label, look in looks.items()]
     figure.legend(
         handles=handles,
         loc="outside lower center",
