@@ -111,6 +111,12 @@ def _island(name: str, value: object) -> object:
         return _integer_from(1)(name, value)
     except HyperParameterError:
         wanted = '"node", a number of ranks, this rank\'s own process group, or None'
+        if isinstance(value, int) and value == dist.GroupMember.NON_GROUP_MEMBER:
+            raise HyperParameterError(
+                f"{name} must be {wanted}, and this rank is not a member of the group that it was "
+                "given. Make the groups of all islands on every rank, as dist.new_group wants it, "
+                "and give each rank its own."
+            ) from None
         raise refusal(name, value, wanted) from None
 
 

@@ -10,8 +10,8 @@ tables, and pictures of loss, accuracy and communication. What follows a -- goes
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,7 @@ from comparison.grid import GRIDS, Grid
 from comparison.pictures import draw_all
 from comparison.recipe import PlannedRun, plan_runs
 from comparison.recorded import RecordedRun, matching, read_runs
-from comparison.results import CellResult
+from comparison.results import CellResult, best_rates
 from comparison.running import run_all
 from comparison.tables import markdown, terminal_tables
 
@@ -103,6 +103,38 @@ def gather(
     return {run: record for run, record in found.items() if record is not None}
 
 
+def bring_about(
+    compare: Compare, grid: Grid, tags: Sequence[str], console: Console
+) -> tuple[dict[PlannedRun, RecordedRun], list[str]]:
+    """Run what is missing of a grid; what is complete then, and the names of what failed."""
+    planned = plan_runs(
+        compare.recipe, grid, group=f"compare {compare.name}", tags=tags, folder=compare.folder
+    )
+    complete = gather(planned, read_runs(compare.folder), tags)
+    console.print(f"{compare.name}: {len(planned)} runs, {len(complete)} of them complete")
+    failed: list[str] = []
+    if len(complete) < len(planned) and compare.run:
+        failed = run_all(
+            planned,
+            list(complete),
+            recipe=compare.recipe,
+            workers=grid.workers,
+            link=compare.link,
+            folder=compare.folder,
+            console=console,
+        )
+        complete = gather(planned, read_runs(compare.folder), tags)
+    return complete, failed
+
+
+def by_cell(grid: Grid, complete: Mapping[PlannedRun, RecordedRun]) -> list[CellResult]:
+    """The runs of every cell, in the grid's order."""
+    runs: dict[Any, list[RecordedRun]] = {}
+    for run, record in complete.items():
+        runs.setdefault(run.cell, []).append(record)
+    return [CellResult(cell, tuple(runs[cell])) for cell in grid.cells() if cell in runs]
+
+
 def report(
     compare: Compare,
     grid: Grid,
@@ -110,10 +142,7 @@ def report(
     console: Console,
 ) -> None:
     """Tables and pictures of what there is."""
-    by_cell: dict[Any, list[RecordedRun]] = {}
-    for run, record in complete.items():
-        by_cell.setdefault(run.cell, []).append(record)
-    results = [CellResult(cell, tuple(by_cell[cell])) for cell in grid.cells() if cell in by_cell]
+    results = by_cell(grid, complete)
     console.print()
     for table in terminal_tables(results, f"{compare.name}, {grid.workers} workers"):
         console.print(table)
@@ -149,26 +178,15 @@ def main(arguments: Sequence[str]) -> int:
     # Narrower, and the tables would drop their figures.
     console.width = max(console.width, 120)
     tags = [f"link={compare.link}" if compare.link else "link=none"]
+    failed: list[str] = []
     try:
         grid = compare.full_grid(options)
-        planned = plan_runs(
-            compare.recipe, grid, group=f"compare {compare.name}", tags=tags, folder=compare.folder
-        )
-        complete = gather(planned, read_runs(compare.folder), tags)
-        missing = len(planned) - len(complete)
-        console.print(f"{compare.name}: {len(planned)} runs, {len(complete)} of them complete")
-        failed = []
-        if missing and compare.run:
-            failed = run_all(
-                planned,
-                list(complete),
-                recipe=compare.recipe,
-                workers=grid.workers,
-                link=compare.link,
-                folder=compare.folder,
-                console=console,
-            )
-            complete = gather(planned, read_runs(compare.folder), tags)
+        if grid.tuning:
+            console.print("first the learning rates, with seeds of their own")
+            tried, failed = bring_about(compare, replace(grid, seeds=grid.tuning), tags, console)
+            grid = replace(grid, only=best_rates(by_cell(grid, tried)))
+        complete, missing = bring_about(compare, grid, tags, console)
+        failed += missing
     except (RecipeError, CommHooksError, LaunchError) as error:
         console.print(f"error: {error}", style="bold red", markup=False, soft_wrap=True)
         return 2

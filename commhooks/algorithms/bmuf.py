@@ -47,6 +47,11 @@ class BMUF(CommHookState):
         """Fix eta for ``m`` workers."""
         self._eta = 1.0 - 1.0 / m if self.eta is None else self.eta
 
+    def rate_factor(self, m: int) -> float:
+        """Block momentum repeats a block's update: zeta / (1 - eta) times in all."""
+        eta = 1.0 - 1.0 / m if self.eta is None else self.eta
+        return (1.0 - eta) / self.zeta
+
     @property
     def vectors(self) -> tuple[str, ...]:
         """The global model and its filtered update."""

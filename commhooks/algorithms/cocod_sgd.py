@@ -43,6 +43,11 @@ class CoCoDSGD(CommHookState):
         """s; the wire holds z between rounds."""
         return ("s",)
 
+    @property
+    def weight_of_x(self) -> float:
+        """x keeps all of itself, and z - s is added."""
+        return 1.0
+
     def start(self, *, x: Tensor, wire: Tensor, s: Tensor) -> None:
         """z <- x; s <- x."""
         wire.copy_(x)

@@ -104,6 +104,11 @@ class DiLoCo(CommHookState):
         """The global model."""
         return "z"
 
+    @property
+    def weight_of_x(self) -> float:
+        """alpha in a blend; all of x is carried on."""
+        return 1.0 if self.merge == "carry" else self.alpha
+
     contributes_differences = True
 
     @property

@@ -43,6 +43,15 @@ class EASGD(CommHookState):
         self._m = m
         self._alpha = 0.9 / m if self.alpha is None else self.alpha
 
+    def rate_factor(self, m: int) -> float:
+        """Workers and centre pull at each other, and only m of the m + 1 of them make steps."""
+        return (m + 1) / m
+
+    @property
+    def weight_of_x(self) -> float:
+        """1 - alpha."""
+        return 1 - self._alpha
+
     def start(self, *, x: Tensor, wire: Tensor) -> None:
         """z <- x; the wire holds z between rounds."""
         wire.copy_(x)

@@ -28,6 +28,10 @@ class LocalSGD(CommHookState):
 
     tau: Tau
 
+    def start(self, *, x: Tensor, wire: Tensor) -> None:
+        """The wire holds the last mean, until the next launch."""
+        wire.copy_(x)
+
     def mix(self, *, x: Tensor, wire: Tensor) -> None:
         """x <- mean."""
         x.copy_(wire)

@@ -54,6 +54,22 @@ class OverlapLocalSGD(CommHookState):
         """The anchor."""
         return "z" if self.beta else "wire"
 
+    def rate_factor(self, m: int) -> float:
+        """A boundary takes back a part of what was learnt: alpha, and less with momentum.
+
+        If every round adds g to the models, they settle at a speed V at which the pull takes back
+        as much as it did: (1 - alpha + alpha (1 - beta)) V = (1 - alpha) g. With alpha = 1 nothing
+        is learnt at any rate.
+        """
+        if self.alpha == 1:
+            return 1.0
+        return 1.0 + self.alpha * (1 - self.beta) / (1 - self.alpha)
+
+    @property
+    def weight_of_x(self) -> float:
+        """1 - alpha."""
+        return 1 - self.alpha
+
     def start(
         self,
         *,

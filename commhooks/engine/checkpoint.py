@@ -217,10 +217,11 @@ def _check_losses(losses: Mapping[str, Any]) -> None:
     if set(losses) != {"sum", "count", "first"}:
         _refuse("losses", "a sum, a count and the first", losses)
     _counter(losses["count"], "losses.count")
-    if not isinstance(losses["sum"], float):
-        _refuse("losses.sum", "a number", losses["sum"])
-    if losses["first"] is not None and not isinstance(losses["first"], float):
-        _refuse("losses.first", "a number, or None", losses["first"])
+    for name, missing in (("sum", None if losses["count"] else 0.0), ("first", None)):
+        value = losses[name]
+        number = isinstance(value, float) and math.isfinite(value)
+        if value != missing and (not number or missing is not None):
+            _refuse(f"losses.{name}", f"a number or {missing}", value)
 
 
 def _check_schedule(
@@ -259,10 +260,11 @@ def _check_findings(part: Mapping[str, Any], m: int, where: str) -> None:
         value = part.get(name)
         if not isinstance(value, float) or not math.isfinite(value) or value < 0:
             _refuse(f"{where}.{name}", "a number from 0", value)
-    found = part.get("findings")
-    wanted = None if found is None else Findings.refusal(found, m)
-    if wanted is not None or "findings" not in part:
-        _refuse(f"{where}.findings", wanted or "there", found)
+    for name in ("findings", "newer"):
+        found = part.get(name)
+        wanted = None if found is None else Findings.refusal(found, m)
+        if wanted is not None or name not in part:
+            _refuse(f"{where}.{name}", wanted or "there", found)
 
 
 def _check_vectors(

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from commhooks.drift import DriftTable
+from commhooks.engine.advice import Advice
 from commhooks.engine.checkpoint import check_values
 from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.guards.refused_backward import raise_after_backward
@@ -35,7 +36,7 @@ from commhooks.engine.rounds.fragment import Fragment
 from commhooks.engine.rounds.round import Round
 from commhooks.engine.rounds.schedule import Cycle, Schedule
 from commhooks.engine.rounds.sharing import Sharing
-from commhooks.engine.rules import Rules
+from commhooks.engine.rules import Rules, weight_in_background
 from commhooks.engine.steps.averaging import StepAverager
 from commhooks.engine.steps.backward import Backwards
 from commhooks.engine.vectors.buckets import build_buckets
@@ -111,9 +112,15 @@ class Engine:
         self._sharded = local is not None
         self.layout = layout
         compressed = rules.compression is not None and layout.m > 1
-        self.links = Links(parent, self, layout, two_shots=compressed)
-        self._sending: deque[Round] = deque()
         rules.resolve(layout.m)
+        self.links = Links(
+            parent,
+            self,
+            layout,
+            two_shots=compressed,
+            background=not self._sharded and weight_in_background(rules) is not None,
+        )
+        self._sending: deque[Round] = deque()
         steps = self.steps = Steps(step=0, origin=warmup_steps)
         self.disabled = False
         self._meter = Meter()
@@ -126,9 +133,6 @@ class Engine:
         self._call = RollCall(
             type(rules).__name__, self.links, self._meter, lambda: steps.step, in_island
         )
-        self._sharing: Sharing | None = None
-        if self.links.island is not None and not self._sharded:
-            self._sharing = Sharing(self.links.island, self._call)
         self._backwards = Backwards(parameters.values(), static_graph=static_graph)
         # By their whole sizes, so that all ranks deal them out alike.
         parts = partition(parameters, rules.fragments)
@@ -148,7 +152,7 @@ class Engine:
             Fragment(
                 part,
                 build_buckets(part, cap_bytes, *shares, cuttable=rules.elementwise),
-                Schedule(None if rules.overlapped else rules.delay),
+                Schedule(rules.delay),
                 make_wire,
                 1 if compressed else layout.m,
             )
@@ -156,7 +160,17 @@ class Engine:
         ]
         self._cycle = Cycle([each.schedule for each in self._fragments], first_tau)
         self._pace = Pace()
+        self._advice = Advice(
+            self,
+            type(rules).__name__,
+            self._call,
+            rules.delay,
+            speaks=self.speaks,
+        )
         self._first_loss: float | None = None
+        self._sharing: Sharing | None = None
+        if self.links.island is not None and not self._sharded:
+            self._sharing = Sharing(self.links, self._call, self._fragments)
         self._read_rates: weakref.WeakMethod[Callable[[], Mapping[int, float]]] | None = None
         self.device = self._call.device = self._fragments[0].device
         self._cycle.restart(warmup_steps)
@@ -173,6 +187,11 @@ class Engine:
         self._finished_at = self._finish_cut_short_at = -1
         self._overwritten = False
         self._gradients_averaged_for = -1
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank says what holds for all of them."""
+        return self.links.everyone.rank == 0
 
     # Steps.
 
@@ -232,22 +251,34 @@ class Engine:
                 )
             return gradient
         averaging = self.averages_gradients
-        gradient = self._gradients.average(bucket, first=first, last=last, everywhere=averaging)
+        sharing = None if averaging or not self._started else self._sharing
+        ready = sharing.ready() if first and sharing is not None else 0
+        gradient = self._gradients.average(
+            bucket, first=first, last=last, everywhere=averaging, ready=ready
+        )
         if self._call.failed and (averaging or self.links.island is not None):
             return gradient
         if last:
-            if not averaging and not self._started:
-                # Now, since what comes next may be an optimizer already in its step, whose closure
-                # this backward is part of.
-                try:
+            try:
+                if sharing is not None:
+                    sharing.gather(self._rules, self._gradients.agreed)
+                if not averaging and not self._started:
+                    # Now, since what comes next may be an optimizer already in its step, whose
+                    # closure this backward is part of.
                     self._start_together()
-                except RoundError as error:
-                    raise_after_backward(error)
-                    return gradient
+            except RoundError as error:
+                raise_after_backward(error)
+                return gradient
             if not self._shadowed:
                 self._count_step(local=not averaging)
             self._shadowed = False
         return gradient
+
+    def before_forward(self, model: nn.Module) -> None:
+        """The model is about to run."""
+        self.pass_by()
+        if not (model.training or torch.is_grad_enabled() or self._consensus is not None):
+            self._advice.evaluated()
 
     def pass_by(self) -> None:
         """The training thread passes; start what waits for it, the same order on every rank."""
@@ -334,13 +365,13 @@ class Engine:
             with uninterrupted():
                 if launching:
                     if landing:
-                        self._adopt_tau(fragment)
+                        self._landed(fragment)
                     self._launch(fragment, mix_first=landing)
                     launched.append(fragment)
                 else:
                     self._mix(fragment)
                     schedule.landed()
-                    self._adopt_tau(fragment)
+                    self._landed(fragment)
 
     def drain(self) -> None:
         """Wait for what is in flight, and its chained updates. It is mixed in when it lands.
@@ -351,6 +382,9 @@ class Engine:
         self._call.raise_if_failed()
         for fragment in self._fragments:
             self._wait_for(fragment)
+        if self._sharing is not None:
+            self._sharing.settle()
+            self._idle()
 
     def _wait_for(self, fragment: Fragment) -> None:
         finished = fragment.round
@@ -366,14 +400,18 @@ class Engine:
             if cause is not None:
                 self._call.fail(cause, finished.number)
             fragment.found(finished, self.layout.islands)
-            if finished.number == 1 and fragment.findings is not None:
-                self._first_loss = fragment.findings.loss
-            if all(each.round is None for each in self._fragments):
-                self.links.idle()
+            if finished.number == 1 and fragment.newest_findings is not None:
+                self._first_loss = fragment.newest_findings.loss
+            self._idle()
             self._meter.rounds_used += 1
             self._meter.communication(
                 finished.launched, finished.arrived, began, Moment(self.device)
             )
+
+    def _idle(self) -> None:
+        """Let the groups go to another state, if nothing is in flight."""
+        if all(each.round is None and not each.gathers for each in self._fragments):
+            self.links.idle()
 
     # The consensus model.
 
@@ -407,6 +445,7 @@ class Engine:
             refusal = self._check()
             consensus = enter(what, buckets, buffers, refusal, self.links, self._call, self._meter)
             self._block, self._consensus = block, consensus
+            self._advice.together()
 
     def leave_consensus(self, block: object) -> None:
         """Put this rank's own model back, if the consensus is there for this very block."""
@@ -443,6 +482,8 @@ class Engine:
         self._finished_at = self.steps.step
         self.steps.origin = max(self.steps.origin, self.steps.step)
         self._cycle.restart(self.steps.origin)
+        for fragment in self._fragments:
+            fragment.drop_gathering()
         if self._started:
             # Here, where all ranks have the same parameters: an optimizer may still have to step.
             self._start()
@@ -496,7 +537,8 @@ class Engine:
         """Somebody else than an optimizer is about to write to the parameters."""
         if self._finished_at == self.steps.step:
             self._started = False
-        self._overwritten = self._started and bool(self._saved_vectors)
+        drawn_back = self._rules.overlapped or bool(self._rules.vectors)
+        self._overwritten = self._started and drawn_back
 
     # Reports and checkpoints.
 
@@ -524,7 +566,7 @@ class Engine:
             consensus_distance=math.sqrt(square),
             tau=self._cycle.tau,
             first_loss=self._first_loss,
-            **seen_together(fragment.findings for fragment in self._fragments),
+            **seen_together(fragment.newest_findings for fragment in self._fragments),
         )
 
     @_outside_inference_mode
@@ -542,11 +584,7 @@ class Engine:
         return {
             "schedule": asdict(self.steps),
             "cycle": self._cycle.state_dict(),
-            "losses": {
-                "sum": float(self._pace.loss),
-                "count": self._pace.losses,
-                "first": self._first_loss,
-            },
+            "losses": {**self._pace.state_dict(), "first": self._first_loss},
             "meter": asdict(self._meter),
             "started": self._started,
             "drifted": self._drifted,
@@ -607,7 +645,7 @@ class Engine:
         self._drifted = saved["drifted"]
         self.disabled = saved["disabled"]
         self._cycle.load_state_dict(saved["cycle"])
-        self._pace.loss, self._pace.losses = saved["losses"]["sum"], saved["losses"]["count"]
+        self._pace.load_state_dict(saved["losses"])
         self._first_loss = saved["losses"]["first"]
         for name, value in saved["schedule"].items():
             setattr(self.steps, name, value)
@@ -639,7 +677,11 @@ class Engine:
     @property
     def _saved_vectors(self) -> tuple[str, ...]:
         """The vectors that mean something between launches and landings."""
-        return (*self._rules.vectors, *(("wire",) if self._rules.overlapped else ()))
+        rules = self._rules
+        return (
+            *rules.vectors,
+            *(("wire",) if rules.overlapped or rules.reference == "wire" else ()),
+        )
 
     # Inside a boundary.
 
@@ -698,6 +740,7 @@ class Engine:
     def _count_step(self, *, local: bool) -> None:
         self.steps.step += 1
         self._pace.step(self._meter.seconds_exposed)
+        self._advice.stepped(local=local)
         # On every rank at once, whose optimizer may skip the step, since it decides what
         # averaged() sends; and for good, since optimizers keep what they saw of local gradients.
         self._drifted |= local
@@ -748,8 +791,8 @@ class Engine:
         self._cycle.launched(fragment.schedule)
         self._meter.rounds_launched = number
         self._meter.bytes_reduced += fragment.nbytes
-        if mix_first and self._sharing is not None and self._sharing.all_can(refusal):
-            self._sharing.put_together(fragment)
+        if mix_first and self._sharing is not None and self._sharing.all_can(fragment, refusal):
+            self._sharing.put_together(fragment, self._rules)
         # Else nobody in the island is mixed, and the round ends in an error on every rank.
 
     def _report(self, fragment: Fragment) -> Report:
@@ -763,14 +806,15 @@ class Engine:
         report.rates = tuple(self._rates().values())
         return report
 
-    def _adopt_tau(self, fragment: Fragment) -> None:
-        """Let the period choose how long the next cycle is, from what all ranks know alike.
+    def _landed(self, fragment: Fragment) -> None:
+        """Look at what all ranks know alike; let the period choose how long the next cycle is.
 
         Raises:
             RoundError: it chose something that is no number of steps.
         """
+        fragment.landed()
         found, rules = fragment.findings, self._rules
-        if isinstance(rules.tau, int) or found is None:
+        if found is None:
             return
         stats = Stats(
             step=self.steps.step,
@@ -782,6 +826,9 @@ class Engine:
             first_loss=self._first_loss,
             **seen_together(each.findings for each in self._fragments),
         )
+        self._advice.landed(stats)
+        if isinstance(rules.tau, int):
+            return
         try:
             tau = chosen(rules.tau, self.steps.step, tuple(found.rates), stats)
         except HyperParameterError as error:
@@ -831,4 +878,5 @@ class Engine:
             fragment.sweep(self._rules, "mix")
         except RegistrationError as error:
             refusal = str(error)
-        self._sharing.land(fragment, refusal)
+        self._sharing.land(fragment, self._rules, refusal)
+        self._idle()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +55,16 @@ class Pace:
             loss = loss.detach().to(torch.float64)
         self.loss = self.loss + loss
         self.losses += 1
+
+    def state_dict(self) -> dict[str, float | int]:
+        """The losses as plain values; without those that have no meaning."""
+        total = float(self.loss)
+        good = math.isfinite(total)
+        return {"sum": total if good else 0.0, "count": self.losses if good else 0}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        self.loss, self.losses = saved["sum"], saved["count"]
 
     def forget_losses(self) -> None:
         """A launch has told them."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from commhooks.errors import CheckpointError
 
-__all__ = ["Kept", "Part", "Rules"]
+__all__ = ["Kept", "Part", "Rules", "weight_in_background"]
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,10 @@ class Rules:
         """Whether a parameter may be cut, so that the ranks of an island have a part each."""
         return True
 
-    delay: int = 0
-    """Steps from a round's launch to its landing, 0 (blocking) to tau; if not ``overlapped``."""
+    @property
+    def delay(self) -> int | None:
+        """Steps from a launch to its landing, 0 (blocking) to tau; None for the next launch."""
+        return None if self.overlapped else 0
 
     @property
     def vectors(self) -> tuple[str, ...]:
@@ -105,6 +107,23 @@ class Rules:
     def reference(self) -> str:
         """Name of the vector that ``mix`` draws ``x`` to; the consensus distance is ``x`` to it."""
         return "wire"
+
+    def rate_factor(self, m: int) -> float:
+        """What a learning rate that is right for DDP is multiplied by.
+
+        With the same gradient at every step, the consensus model of ``m`` workers then moves as far
+        as DDP's would.
+        """
+        return 1.0
+
+    @property
+    def weight_of_x(self) -> float | None:
+        """c, where ``mix`` is x <- c x + b and b is made of the vectors alone; None if it is not.
+
+        b is then gathered inside an island ahead of the landing, in the background. ``mix`` may
+        write to no vector but the wire. A class that overrides ``mix`` has to say this anew.
+        """
+        return None
 
     def resolve(self, m: int) -> None:
         """Fix the hyper-parameters that depend on the number of workers ``m``."""
@@ -156,3 +175,9 @@ class Rules:
 
     def arrive(self, kept: Any) -> None:
         """Do what needs all of a fragment's means, after the last ``chain`` and off its thread."""
+
+
+def weight_in_background(rules: Rules) -> float | None:
+    """The weight of x at a landing that can be prepared in the background; None at any other."""
+    first = next(each for each in type(rules).__mro__ if {"mix", "weight_of_x"} & vars(each).keys())
+    return rules.weight_of_x if rules.delay != 0 and "weight_of_x" in vars(first) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from commhooks.engine.guards.refused_backward import raise_after_backward
 from commhooks.engine.network.agreement import agree
 from commhooks.engine.network.codecs import CODECS
 from commhooks.engine.network.communicator import done
-from commhooks.engine.network.islands import island_of, settle_layout
+from commhooks.engine.network.islands import island_of, settle_layout, workers_of
 from commhooks.engine.rules import Rules
 from commhooks.engine.steps.model import (
     ModelWatch,
@@ -81,6 +82,9 @@ __all__ = ["CommHookState"]
 
 logger = logging.getLogger("commhooks")
 
+# A learning rate is seldom known more closely.
+_NOTABLE = math.log(1.3)
+
 _NO_HYPERPARAMETERS = ("process_group", "bucket_cap_mb", "average_buffers", "island")
 
 
@@ -132,7 +136,7 @@ class CommHookState(Rules, Joinable):
             )
         checked_fields(self)
         one_of("compression", self.compression, (None, *CODECS))
-        if hides(self.tau) and not (self.overlapped or self.delay):
+        if hides(self.tau) and self.delay == 0:
             raise HyperParameterError(
                 f"tau={self.tau!r} looks for rounds that are hidden, and {type(self).__name__} "
                 "waits for every one of them; give a number, or take an overlapped algorithm or a "
@@ -151,6 +155,21 @@ class CommHookState(Rules, Joinable):
         self._announcements: RemovableHandle | None = None
         self._closed: Stats | None = None
         self._bare_model: frozenset[int] = frozenset()
+        self._factor_known = False
+
+    @property
+    def lr_factor(self) -> float:
+        """What a learning rate that is right for DDP has to be multiplied by, for this algorithm.
+
+        ``SGD(model.parameters(), lr=0.1 * state.lr_factor)``. It is worked out from the
+        hyper-parameters and the number of workers: with it the consensus model moves as far in a
+        round as DDP's would, if the gradients stay the same. (``docs/choosing.md`` shows where it
+        comes from, and measures it.)
+        """
+        self._factor_known = True
+        engine = self._engine
+        m = engine.layout.m if engine else workers_of(self.island, self.process_group)
+        return self.rate_factor(m)
 
     def hyperparameters(self) -> dict[str, object]:
         """What decides the trajectory, as plain values, by the names the constructor takes."""
@@ -312,7 +331,7 @@ class CommHookState(Rules, Joinable):
             self._engine, list(parameters.values()), unwrapped, scaler=scaler
         )
         self._engine.read_rates_from(self._optimizers.rates)
-        self._model_watch = ModelWatch(model, self._engine.pass_by, self._before_load)
+        self._model_watch = ModelWatch(model, self._before_sharded_forward, self._before_load)
 
     def before_first_forward(self, ddp: DistributedDataParallel) -> None:
         """The model that this state is the hook of is about to run (the bare form). Collective."""
@@ -403,6 +422,16 @@ class CommHookState(Rules, Joinable):
     def _start(self, engine: Engine) -> None:
         self._load_together(engine)
         self._engine = engine
+        factor = self.rate_factor(engine.layout.m)
+        if not self._factor_known and abs(math.log(factor)) > _NOTABLE and engine.speaks:
+            logger.warning(
+                "commhooks: %s wants %.3g times the learning rate that is right for DDP, or it "
+                "learns at another speed. Write lr=... * state.lr_factor, which is %.3g here; to "
+                "read state.lr_factor also ends this message.",
+                type(self).__name__,
+                factor,
+                factor,
+            )
         no_longer(self)
 
     def _watch(
@@ -467,7 +496,7 @@ class CommHookState(Rules, Joinable):
         engine, optimizers = self._engine, self._optimizers
         if engine is None or optimizers is None:
             return
-        engine.pass_by()
+        engine.before_forward(model)
         trains = torch.is_grad_enabled() and model.require_backward_grad_sync
         joined = model._join_config.enable and not self._join_config.enable
         if trains and joined and not engine.averages_gradients_for_good:
@@ -478,6 +507,10 @@ class CommHookState(Rules, Joinable):
                 "join_uneven_inputs([model])."
             )
         optimizers.before_forward()
+
+    def _before_sharded_forward(self) -> None:
+        if self._engine is not None and self.model is not None:
+            self._engine.before_forward(self.model)
 
     def _before_load(self) -> None:
         """``model.load_state_dict`` is about to write to the parameters."""

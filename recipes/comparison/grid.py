@@ -88,6 +88,9 @@ class Grid:
 
     ``options`` are further ones of the recipe, the same for all runs. Without any ``lr`` all runs
     have the learning rate that these say, or the recipe's own.
+
+    With ``tuning`` seeds, every cell is run with them at every ``lr`` first, and with ``seeds`` at
+    the best one only. ``only`` is then what is left of the cells.
     """
 
     algorithms: tuple[str, ...]
@@ -97,6 +100,8 @@ class Grid:
     workers: int
     options: tuple[str, ...]
     lr: tuple[float, ...] = ()
+    tuning: tuple[int, ...] = ()
+    only: tuple[Cell, ...] = ()
 
     def with_changes(self, **changes: Any) -> "Grid":
         """The grid with these fields replaced, where they are not None."""
@@ -116,6 +121,8 @@ class Grid:
         Raises:
             RecipeError: there is nothing to run.
         """
+        if self.only:
+            return list(self.only)
         for values in (self.tau, self.partitions, self.seeds):
             _some(values)
         cells = [
@@ -174,17 +181,45 @@ _SMALL_TRANSFORMER = (
 )
 # Tested sixteen times, so that there are curves.
 _SMALL_TRANSFORMER_CURVES = (*_SMALL_TRANSFORMER, "--eval-every", "24")
-_ROUNDED = tuple(
-    ":".join(["overlap-local-sgd", ",".join(["beta=0.7", *compression])])
-    for compression in (
-        [],
-        ["compression=int8"],
-        ["compression=int4"],
-        ["compression=int4-without-feedback"],
-    )
+_ROUNDED = ("", "compression=int8", "compression=int4", "compression=int4-without-feedback")
+
+
+def _rounded(method: str) -> tuple[str, ...]:
+    """A method with every kind of rounding, and one more to compare with."""
+    return tuple(f"{method},{compression}".rstrip(",") for compression in _ROUNDED)
+
+
+_TUNED = Grid(
+    algorithms=(
+        "ddp",
+        "local-sgd",
+        "overlap-local-sgd:beta=0",
+        "overlap-local-sgd:beta=0.7",
+        "easgd",
+        "cocod-sgd",
+        "bmuf",
+        "slowmo",
+        "diloco:outer_momentum=0.5",
+    ),
+    tau=(1, 2, 8, 24),
+    partitions=("iid", "major-class"),
+    seeds=(0, 1, 2, 3, 4),
+    workers=2,
+    options=_SMALL,
+    lr=(0.0125, 0.025, 0.05, 0.1, 0.2, 0.4),
+    tuning=(100,),
 )
 
 GRIDS = {
+    # The published claims, each algorithm at the learning rate that is best for it.
+    "claims": _TUNED,
+    # The same for recipes/language.py, whose text is shuffled.
+    "claims-language": replace(
+        _TUNED,
+        partitions=("iid",),
+        options=_SMALL_TRANSFORMER,
+        lr=(0.0005, 0.001, 0.002, 0.004, 0.008),
+    ),
     # What `make compare` shows first: under a minute.
     "short": Grid(
         algorithms=("all-reduce", "local-sgd", "overlap-local-sgd:beta=0.7", "cocod-sgd"),
@@ -231,7 +266,7 @@ GRIDS = {
     ),
     # What rounding costs, with and without error feedback.
     "compression": Grid(
-        algorithms=("ddp", *_ROUNDED),
+        algorithms=("ddp", *_rounded("overlap-local-sgd:beta=0.7")),
         tau=(8, 24),
         partitions=("iid",),
         seeds=(0, 1, 2),
@@ -240,7 +275,10 @@ GRIDS = {
     ),
     # The same for recipes/language.py.
     "compression-language": Grid(
-        algorithms=_ROUNDED,
+        algorithms=(
+            *_rounded("overlap-local-sgd:beta=0.7"),
+            *_rounded("diloco:outer_momentum=0.5,delay=tau/2,merge=carry"),
+        ),
         tau=(8, 24),
         partitions=("iid",),
         seeds=(0, 1, 2),

@@ -17,7 +17,7 @@ from comparison.panels import (
     panels_of,
     save,
 )
-from comparison.results import AXES, Axis, CellResult
+from comparison.results import AXES, Axis, CellResult, sweeps_rates
 from comparison.style import FONT_SIZE, Look, looks
 from comparison.tables import Measure, quality_of
 
@@ -41,7 +41,7 @@ _DODGE = 0.09
 def draw_all(results: Sequence[CellResult], folder: Path) -> list[Path]:
     """Draw what the results allow into ``folder``; returns the files."""
     drawn = [result for result in results if result.runs]
-    if len({result.cell.lr for result in drawn}) > 1:
+    if sweeps_rates(drawn):
         # A curve for every learning rate would be too many for one picture.
         return _over_learning_rates(drawn, folder)
     style = looks(result.cell.method for result in drawn)

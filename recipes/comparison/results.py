@@ -2,15 +2,15 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common.traffic import ring_bytes
 from comparison.grid import Cell
 from comparison.recorded import RecordedRun
 
-__all__ = ["AXES", "Axis", "CellResult", "Curve", "Spread", "spread"]
+__all__ = ["AXES", "Axis", "CellResult", "Curve", "Spread", "best_rates", "spread", "sweeps_rates"]
 
 Record = Mapping[str, Any]
 
@@ -64,6 +64,16 @@ class CellResult:
             values = [value for value in values if not math.isnan(value)]
         return spread(values) if values else None
 
+    def reached(self, metric: str, level: float, axis: Axis) -> Spread | None:
+        """Where along ``axis`` a metric was at ``level`` first; None if a run never was."""
+        firsts = [
+            axis.value(run, record)
+            for run in self.runs
+            for record in [next((r for r in run.history if r.get(metric, 0.0) >= level), None)]
+            if record is not None
+        ]
+        return spread(firsts) if len(firsts) == len(self.runs) else None
+
     def curve(self, metric: str, axis: Axis) -> Curve:
         """A metric such as ``eval/loss`` against ``axis``; its points are those all seeds have.
 
@@ -86,6 +96,24 @@ class CellResult:
             least=[min(y for _, y in point) for point in points],
             most=[max(y for _, y in point) for point in points],
         )
+
+
+def sweeps_rates(results: Iterable[CellResult]) -> bool:
+    """Whether something was run at several learning rates, and not at its best one alone."""
+    cells = [replace(result.cell, lr=None) for result in results]
+    return len({*cells}) < len(cells)
+
+
+def best_rates(results: Iterable[CellResult]) -> tuple[Cell, ...]:
+    """Of the cells that differ in nothing but the learning rate, the one with the least loss."""
+    best: dict[Cell, tuple[float, Cell]] = {}
+    for result in results:
+        figure = result.figure("loss")
+        loss = math.inf if figure is None or math.isnan(figure.mean) else figure.mean
+        place = replace(result.cell, lr=None)
+        if place not in best or loss < best[place][0]:
+            best[place] = loss, result.cell
+    return tuple(cell for _, cell in best.values())
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from common.markdown import machine, markdown_table
 from comparison.grid import Cell
-from comparison.results import CellResult
+from comparison.results import AXES, CellResult, sweeps_rates
 
 __all__ = ["NOTE", "Measure", "markdown", "quality_of", "terminal_tables"]
 
@@ -58,6 +58,8 @@ _OTHERS = (
     Measure("seconds_hidden", "hidden (s)"),
     Measure("megabytes_sent", "sent by each (MB)", 1, 1, spread=False),
 )
+# What a model on the digits should reach.
+_GOOD = 0.95
 NOTE = (
     "Mean ± sample standard deviation over seeds, of the consensus model. Exposed: time a worker "
     "waited for communication; hidden: time communication was in flight while training went on; "
@@ -105,7 +107,7 @@ def _tables(results: Sequence[CellResult]) -> list[_Table]:
     tables = []
     if len({result.cell.tau for result in results} - {None}) > 1:
         tables += [_over_tau(quality, partition, share) for partition, share in shares.items()]
-    if len({result.cell.lr for result in results}) > 1:
+    if sweeps_rates(results):
         tables += [_over_lr(quality, partition, share) for partition, share in shares.items()]
     return tables + [_figures(quality, partition, share) for partition, share in shares.items()]
 
@@ -174,6 +176,11 @@ def _figures(quality: Measure, partition: str, results: Sequence[CellResult]) ->
         ]
         for result in results
     ]
+    if quality.name == "accuracy":
+        head = [*head, f"sent until {_GOOD:.0%} (MB)"]
+        for row, result in zip(rows, results, strict=True):
+            sent = result.reached("eval/accuracy", _GOOD, AXES["megabytes"])
+            row.append("never" if sent is None else f"{sent.mean:,.1f}")
     # Mostly all of a grid have one learning rate, and its options say which.
     if all(result.cell.lr is None for result in results):
         head, rows = _without(2, head), [_without(2, row) for row in rows]

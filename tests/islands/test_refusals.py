@@ -195,6 +195,7 @@ def test_a_group_without_this_rank_cannot_be_given(alone: bool) -> None:
     """torch gives a rank that is not in a new group something that is none."""
     for message in run_ranks(outsider, 2, alone):
         assert message.startswith('island must be "node"') == alone
+        assert ("this rank is not a member of the group" in message) == alone
 
 
 def outsider(alone: bool) -> str:

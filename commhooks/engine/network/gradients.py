@@ -45,8 +45,13 @@ class GradientAverager:
         self._backward_end: Moment | None = None
         self._last_arrival: Moment | None = None
 
-    def begin(self, device: torch.device, point: Point) -> None:
+    def begin(self, device: torch.device, point: Point, number: int = 0) -> None:
         """The first bucket of a backward is ready.
+
+        Args:
+            device: where tickets are made out.
+            point: where this rank is.
+            number: something that the others are told, see :meth:`end`.
 
         Raises:
             RuntimeError: gradients of the last backward did not arrive.
@@ -55,7 +60,7 @@ class GradientAverager:
         self.settle()
         self._promises = []
         self._first_launch = Moment(device)
-        self._ticket = Ticket(self._tickets, device, point)
+        self._ticket = Ticket(self._tickets, device, point, digest=number)
 
     def average(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         """Start averaging a bucket's flat gradient in place."""
@@ -97,18 +102,22 @@ class GradientAverager:
                 if gradient is not None:
                     gradient.copy_(mean.view(gradient.shape))
 
-    def end(self, device: torch.device) -> None:
+    def end(self, device: torch.device) -> tuple[int, ...]:
         """The last bucket has been given to :meth:`average`.
+
+        Returns:
+            The number that each rank has begun with.
 
         Raises:
             RuntimeError: the ranks are not at the same point, or a rank is gone.
         """
         self.check()
         assert self._ticket is not None
-        problem = self._ticket.wait().problem
-        if problem is not None:
-            raise RuntimeError(problem)
+        verdict = self._ticket.wait()
+        if verdict.problem is not None:
+            raise RuntimeError(verdict.problem)
         self._backward_end = Moment(device)
+        return verdict.digests
 
     def check(self) -> None:
         """Look whether what has arrived so far has arrived well.

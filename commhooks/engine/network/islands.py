@@ -12,7 +12,7 @@ import torch.distributed as dist
 from commhooks.engine.network.agreement import tell
 from commhooks.errors import RegistrationError
 
-__all__ = ["Layout", "island_of", "lay_out", "settle_layout"]
+__all__ = ["Layout", "island_of", "lay_out", "settle_layout", "workers_of"]
 
 Island = Literal["node"] | int | dist.ProcessGroup | None
 """What a user says of islands."""
@@ -64,6 +64,31 @@ class Layout:
     def peers(self) -> tuple[int, ...]:
         """The ranks at the same place, this one among them."""
         return tuple(island[self.place] for island in self.islands)
+
+
+def workers_of(
+    island: Island, group: dist.ProcessGroup | None, environment: Mapping[str, str] = os.environ
+) -> int:
+    """How many workers there will be, as far as this rank can know before registration.
+
+    Args:
+        island: as for :func:`island_of`.
+        group: all ranks that train together; None for the world, which may not be there yet.
+        environment: where ``"node"`` and a world that is not there yet are looked for.
+    """
+    if group is not None:
+        ranks = group.size()
+    elif dist.is_initialized():
+        ranks = dist.get_world_size()
+    else:
+        ranks = int(environment.get("WORLD_SIZE", 1))
+    if isinstance(island, dist.ProcessGroup):
+        size = island.size()
+    elif island == "node":
+        size = int(environment.get("LOCAL_WORLD_SIZE", 1))
+    else:
+        size = int(island or 1)
+    return max(1, ranks // size)
 
 
 def island_of(

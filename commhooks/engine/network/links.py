@@ -21,6 +21,7 @@ class Links:
         owner: whose the groups are.
         layout: which of them make one worker.
         two_shots: whether what is sent to the peers comes back in a second step.
+        background: whether an island gathers what its ranks have computed while they train on.
 
     Attributes:
         layout: as given.
@@ -29,24 +30,35 @@ class Links:
         back: the peers once more, for second steps, which the ranks may start in another order
             than first ones of other rounds; None where there are none.
         island: where the ranks of one worker meet; None where every rank is a worker.
+        shares: the island once more, so that nobody who meets there waits for what is gathered in
+            the background; None where nothing is.
     """
 
     def __init__(
-        self, parent: dist.ProcessGroup, owner: object, layout: Layout, *, two_shots: bool = False
+        self,
+        parent: dist.ProcessGroup,
+        owner: object,
+        layout: Layout,
+        *,
+        two_shots: bool = False,
+        background: bool = False,
     ) -> None:
         self.layout = layout
         self.everyone = open_communicator(parent, owner)
         self.peers = self.everyone
         self.island: Communicator | None = None
+        self.shares: Communicator | None = None
         if layout.size > 1:
             self.peers = open_communicator(parent, owner, layout.peers)
             self.island = open_communicator(parent, owner, layout.mine)
+            if background:
+                self.shares = open_communicator(parent, owner, layout.mine)
         self.back = open_communicator(parent, owner, layout.peers) if two_shots else None
 
     @property
     def all(self) -> list[Communicator]:
         """Every group once."""
-        each = (self.everyone, self.peers, self.back, self.island)
+        each = (self.everyone, self.peers, self.back, self.island, self.shares)
         return [group for group in dict.fromkeys(each) if group is not None]
 
     def busy(self) -> None:

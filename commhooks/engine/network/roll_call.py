@@ -101,11 +101,24 @@ class RollCall:
             RoundError: always.
         """
         self.note_failure(cause, number)
+        self._tell_island()
+        raise self.failure()
+
+    def fail_alone(self, cause: str) -> NoReturn:
+        """The same, where no other rank knows of it: they all hear it from their next ticket.
+
+        Raises:
+            RoundError: always.
+        """
+        self.note_failure_in_island(cause)
+        self._tell_island()
+        raise self.failure()
+
+    def _tell_island(self) -> None:
+        """A rank of the island may be in a step that waits for this one, or get there first."""
         if self._links.island is not None:
-            # A rank of it may be in a step that waits for this one, or get there first.
             with suppress(RuntimeError):
                 Ticket(self._links.island, self.device, self.point("an error in its island"))
-        raise self.failure()
 
     def __call__(
         self,

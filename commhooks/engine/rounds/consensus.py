@@ -15,7 +15,7 @@ from commhooks.engine.network.agreement import tell
 from commhooks.engine.network.communicator import Communicator
 from commhooks.engine.network.links import Links
 from commhooks.engine.network.roll_call import RollCall
-from commhooks.engine.rounds.sharing import put_together
+from commhooks.engine.rounds.gathering import Gathering
 from commhooks.engine.vectors.buckets import Bucket
 from commhooks.engine.vectors.buffers import Buffer, BufferExchange, common, digest
 from commhooks.engine.vectors.devices import Moment, catch_up_with_callbacks, finiteness
@@ -161,7 +161,7 @@ class Consensus:
             for bucket in self._buckets:
                 catch_up_with_callbacks(bucket.device)
             if island is not None and any(bucket.shared for bucket in self._buckets):
-                put_together(island, self._buckets, self._flats)
+                Gathering(island, self._buckets, self._flats).wait()
         return sum(bucket.nbytes for bucket in self._buckets) + self._buffers.nbytes
 
     def put_in_place(self) -> None:

@@ -80,6 +80,7 @@ def findings_of(
 
     flat = all(len(island) == 1 for island in islands)
     losses = over("losses", rows)
+    loss = over("loss", rows) / losses if losses else math.nan
     known = [report["round_seconds"] for report in reports if report["round_seconds"]]
     largest = [max(column) for column in zip(*rows.values(), strict=True)][len(NAMES) :]
     return Findings(
@@ -91,7 +92,7 @@ def findings_of(
         round_seconds=min(known, default=0.0),
         seconds_exposed=max(report["seconds_exposed"] for report in reports),
         seconds_hidden=max(report["seconds_hidden"] for report in reports),
-        loss=over("loss", rows) / losses if losses else None,
+        loss=loss if math.isfinite(loss) else None,
         rates=[rate for rate in largest if rate],
     )
 

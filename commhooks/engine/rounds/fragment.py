@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from commhooks.engine.network.ticket import total
 from commhooks.engine.network.wires import CompressedWire, Wire
 from commhooks.engine.rounds.drift import Drift, stride_for
 from commhooks.engine.rounds.findings import Findings, findings_of
+from commhooks.engine.rounds.gathering import Gathering
 from commhooks.engine.rounds.round import Round
 from commhooks.engine.rounds.schedule import Schedule
-from commhooks.engine.rules import Kept, Part, Rules
+from commhooks.engine.rules import Kept, Part, Rules, weight_in_background
 from commhooks.engine.vectors.buckets import Bucket
+from commhooks.engine.vectors.chunks import Gathered
 from commhooks.engine.vectors.devices import HostCopy, finiteness, squared_norm
 
 __all__ = ["Fragment"]
@@ -32,11 +34,13 @@ class Fragment:
         buckets: the parameters, with the vectors that go with them.
         schedule: when rounds are launched and land.
         round: what is in flight; None once it has been waited for.
+        gathering: what the ranks of an island gather of each other for the next landing; None if
+            they have not begun.
         kept: what the algorithm keeps besides vectors.
         rates: the learning rates at the last launch, one a parameter.
         squared_distance: of the parameters to what they were last drawn to.
         drifts: one a bucket, which measure how far this worker moves from the others.
-        findings: what the ranks told with the last round that was waited for.
+        findings: what the ranks told with the last round that has landed.
         round_seconds: how long that one was in flight; 0 if there was none.
         shapes: the parameters'.
         device: where they lie, or the first of them.
@@ -63,12 +67,14 @@ class Fragment:
         self.buckets = list(buckets)
         self.schedule = schedule
         self.round: Round | None = None
+        self.gathering: Gathering | None = None
         self.squared_distance: HostCopy | None = None
         self.kept: Kept | None = None
         self.rates: list[float | None] | None = None
         self.wires: list[Wire] = []
         self.drifts: list[Drift] = []
         self.findings: Findings | None = None
+        self._newer: Findings | None = None
         self.round_seconds = 0.0
         self._lengths: list[Tensor] = []
         self._moved_before: float | Tensor = 0.0
@@ -108,10 +114,11 @@ class Fragment:
 
     def start(self, rules: Rules) -> None:
         """Begin at the parameters as they are."""
+        self._outdate()
         self.allocate(rules)
         self.sweep(rules, "start")
         self._restart_wires()
-        self.findings = None
+        self.findings = self._newer = None
         self.rates = None
         self._keep(rules)
 
@@ -173,6 +180,7 @@ class Fragment:
             "landing": self.schedule.landing,
             "begun": self.schedule.begun,
             "findings": self.findings.state_dict() if self.findings else None,
+            "newer": self._newer.state_dict() if self._newer else None,
             "moved": float(self._moved_before),
             "together": self._together_before,
             "shapes": self.shapes,
@@ -195,15 +203,13 @@ class Fragment:
         schedule = self.schedule
         schedule.launch, schedule.landing = saved["launch"], saved["landing"]
         schedule.begun = saved["begun"]
-        self.findings = Findings(**saved["findings"]) if saved["findings"] and residuals else None
+        for name, found in (("findings", saved["findings"]), ("_newer", saved["newer"])):
+            setattr(self, name, Findings(**found) if found and residuals else None)
         self._moved_before, self._together_before = saved["moved"], saved["together"]
+        self._outdate()
         if rules is None:
             return
         self.allocate(rules)
-        if "wire" not in saved["vectors"]:
-            # What the workers have in common is not known before the next round, see `drift`.
-            for bucket in self.buckets:
-                bucket.vectors["wire"].zero_()
         for name, parts in saved["vectors"].items():
             views = (view for b in self.buckets for view in b.parts(b.vectors[name]))
             for view, part in zip(views, parts, strict=True):
@@ -214,6 +220,19 @@ class Fragment:
             self.kept.load_state_dict(saved["kept"])
         if saved["wires"] is not None:
             self._load_wires(saved["wires"], residuals=residuals)
+
+    @property
+    def newest_findings(self) -> Findings | None:
+        """Those of a round that has been waited for ahead of its landing, if there is one.
+
+        A rank does so alone when it saves a checkpoint, so that only :attr:`findings` are the same
+        on every rank at every step.
+        """
+        return self._newer or self.findings
+
+    def landed(self) -> None:
+        """A round lands, on every rank at the same step."""
+        self.findings, self._newer = self.newest_findings, None
 
     def _dump(self, name: str) -> list[Tensor]:
         """Copies of a vector, one tensor a parameter, whatever the buckets' sizes."""
@@ -262,6 +281,7 @@ class Fragment:
         """Let go of the vectors."""
         self.kept = None
         self.wires, self.drifts = [], []
+        self.gathering = None
         for bucket in self.buckets:
             bucket.release()
 
@@ -277,15 +297,18 @@ class Fragment:
     def sweep(self, rules: Rules, *names: str) -> list[Tensor]:
         """Apply rules to the model, chunk by chunk; ``mix`` alone writes to the parameters.
 
-        Where the ranks of an island share it out, ``mix`` writes to the buckets' ``common``, from
-        which :meth:`write_common` takes it.
+        Where the ranks of an island share it out, nothing does: :meth:`mix_in` writes what they
+        have put together, of which this rank has its share in the buckets' ``common`` now.
 
         Returns:
             Scalars that are NaN or inf if a parameter is.
         """
         # It may raise, and must not once a part of the model is mixed.
         self.refresh()
-        applied = [getattr(rules, name) for name in names]
+        weight = self._weight(rules)
+        if "mix" in names and weight is not None and not self.gathered:
+            self.drop_gathering()
+            self.offer(rules)
         mixing, launching = "mix" in names, "contribute" in names
         dividing = launching and self._divisor > 1
         probes: list[Tensor] = []
@@ -303,15 +326,20 @@ class Fragment:
                     if mixing:
                         difference = torch.sub(x, vectors[rules.reference], out=chunk.spare)
                         squares.append(squared_norm(difference))
-                    for rule in applied:
-                        rule(x=x, **vectors)
+                    for name in names:
+                        if name == "mix" and weight is not None:
+                            _mix_copy(rules, weight, chunk)
+                        else:
+                            getattr(rules, name)(x=x, **vectors)
                     if launching:
                         drift.after(chunk)
                     if dividing:
                         # Divided before the sum, which then overflows where the mean does.
                         vectors["wire"].mul_(1.0 / self._divisor)
-                    if mixing and not bucket.shared:
+                    if mixing and chunk.common is None:
                         chunk.write_back()
+                    elif mixing and chunk.common is not None and weight is None:
+                        chunk.common.copy_(x)
             if mixing:
                 self.squared_distance = HostCopy(total(squares, self.device))
             if launching:
@@ -343,18 +371,7 @@ class Fragment:
     def found(self, finished: Round, islands: Sequence[Sequence[int]]) -> None:
         """Take note of what the ranks have told with a round that has been waited for."""
         self._together_before = finished.together * self._stride
-        found = findings_of(finished.reports, islands, self._together_before)
-        before = self.findings
-        if not found.length and before is not None:
-            # A checkpoint without the wire was loaded, so that nobody knew what was in common.
-            found = replace(
-                found,
-                apart=before.apart,
-                length=before.length,
-                moved=before.moved,
-                together=before.together,
-            )
-        self.findings = found
+        self._newer = findings_of(finished.reports, islands, self._together_before)
         self.round_seconds = finished.arrived.seconds_since(finished.launched)
 
     @property
@@ -362,8 +379,62 @@ class Fragment:
         """The buckets' common vectors, once a sweep has made them."""
         return [bucket.common for bucket in self.buckets if bucket.common is not None]
 
-    def write_common(self) -> None:
+    @property
+    def gathered(self) -> bool:
+        """Whether what the next landing takes has been gathered, or is on its way."""
+        return self.gathering is not None and not self.gathering.outdated
+
+    @property
+    def gathers(self) -> bool:
+        """Whether some of it is still on its way."""
+        return self.gathering is not None and self.gathering.in_flight
+
+    def offer(self, rules: Rules) -> None:
+        """Write b of x <- c x + b to the buckets' ``common``, in this rank's share.
+
+        That is what ``mix`` makes of zeros; the vectors stay as they are.
+        """
+        if self.round is not None:
+            # It has arrived, and so it only orders streams.
+            self.round.wait()
+        with torch.no_grad(), record_function("commhooks::offer"):
+            for bucket in self.buckets:
+                for chunk in bucket.chunks():
+                    assert chunk.common is not None
+                    wire = chunk.spare.copy_(chunk.vectors["wire"])
+                    rules.mix(x=chunk.common.zero_(), **{**chunk.vectors, "wire": wire})
+
+    def mix_in(self, rules: Rules) -> None:
         """Write what the ranks of an island have put together to the parameters."""
-        with torch.no_grad():
-            for bucket, flat in zip(self.buckets, self.common, strict=True):
-                bucket.scatter(flat)
+        self.gathering = None
+        with torch.no_grad(), record_function("commhooks::mix_in"):
+            for bucket in self.buckets:
+                bucket.mix_in(self._weight(rules) or 0.0)
+
+    def drop_gathering(self) -> None:
+        """Forget what has been gathered, which all ranks do."""
+        if self.gathering is not None:
+            # Else it would write to vectors that the next one uses.
+            with suppress(RuntimeError):
+                self.gathering.wait()
+        self.gathering = None
+
+    def _outdate(self) -> None:
+        """The vectors are replaced; the ranks find out together, see :class:`Sharing`."""
+        if self.gathering is not None:
+            self.gathering.outdated = True
+
+    def _weight(self, rules: Rules) -> float | None:
+        shared = any(bucket.shared for bucket in self.buckets)
+        return weight_in_background(rules) if shared else None
+
+
+def _mix_copy(rules: Rules, weight: float, chunk: Gathered) -> None:
+    """Mix a copy, to the same bits as :meth:`Bucket.mix_in`; the vectors end as ``mix`` ends them.
+
+    ``contribute`` may need both.
+    """
+    assert chunk.common is not None
+    mixed = torch.mul(chunk.x, weight, out=chunk.spare).add_(chunk.common)
+    rules.mix(x=chunk.x, **chunk.vectors)
+    chunk.x.copy_(mixed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -145,6 +146,13 @@ class Round:
         """Whether the result, chained update included, has arrived (or the round has failed)."""
         ended = all(future.done() for future in self._futures) and self.arrived.passed
         return ended and not self._second_shots
+
+    @property
+    def arrived_well(self) -> bool:
+        """Whether the result has arrived, and nothing speaks against it so far."""
+        with suppress(RuntimeError):
+            return self.done and not self._failures and self._is_trusted()
+        return False
 
     def wait(self) -> str | None:
         """Wait for every bucket; the cause of the failure, if the round has failed."""

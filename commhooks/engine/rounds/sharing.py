@@ -3,44 +3,109 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any, NoReturn
+from itertools import takewhile
+from typing import NoReturn
 
-import torch
-from torch import Tensor
-from torch.profiler import record_function
-
+from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.network.agreement import by_rank
-from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.network.links import Links
 from commhooks.engine.network.roll_call import RollCall
 from commhooks.engine.network.ticket import Ticket
 from commhooks.engine.rounds.fragment import Fragment
-from commhooks.engine.vectors.buckets import Bucket
-from commhooks.engine.vectors.devices import catch_up_with_callbacks
+from commhooks.engine.rounds.gathering import Gathering
+from commhooks.engine.rules import Rules
+from commhooks.errors import RegistrationError
 
-__all__ = ["Sharing", "put_together"]
+__all__ = ["Sharing"]
 
 
 class Sharing:
-    """The landing of a fragment that the ranks of an island share out.
+    """The landing of fragments that the ranks of an island share out.
 
-    Nothing is written to the parameters before all of it is there.
+    Nothing is written to the parameters before all of it is there. Where a round lands later than
+    at once, that is gathered in the background, and nobody waits at the landing. The ranks agree in
+    every backward on what to gather, with the ticket that they exchange anyway, and start at its
+    end: so they all start the same, in the same order, and only what all of them can use. What is
+    not started by the landing is gathered there.
 
     Args:
-        island: the ranks.
+        links: the ranks.
         call: where they are, and where a failure is noted.
+        fragments: all of them.
     """
 
-    def __init__(self, island: Communicator, call: RollCall) -> None:
-        self._island = island
+    def __init__(self, links: Links, call: RollCall, fragments: Sequence[Fragment]) -> None:
+        assert links.island is not None
+        self._links = links
+        self._island = links.island
         self._call = call
+        self._fragments = fragments
 
-    def all_can(self, refusal: str | None) -> bool:
+    # Ahead of a landing.
+
+    def ready(self) -> int:
+        """How many of the results that are to land this rank can give its share of, and use.
+
+        They are counted in the order in which they land, up to the first that is not there yet.
+        """
+        if self._links.shares is None:
+            return 0
+        return sum(1 for _ in takewhile(_is_ready, self._awaited))
+
+    def gather(self, rules: Rules, agreed: int) -> None:
+        """Start gathering, in the background. Collective in the island.
+
+        Args:
+            rules: the algorithm.
+            agreed: the least that a rank has said in :meth:`ready`. What lies beyond it and has
+                been started is dropped, since a rank cannot use it any more.
+
+        Raises:
+            RoundError: it could not be started.
+        """
+        if self._links.shares is None:
+            return
+        try:
+            with uninterrupted():
+                for number, fragment in enumerate(self._awaited):
+                    if number >= agreed:
+                        fragment.drop_gathering()
+                    elif fragment.gathering is None:
+                        self._links.busy()
+                        fragment.offer(rules)
+                        self._start(fragment)
+        except Exception as error:  # noqa: BLE001 - rules may raise anything
+            self._call.fail_alone(str(error))
+
+    def settle(self) -> None:
+        """Wait for what is being gathered.
+
+        Raises:
+            RoundError: a rank is gone.
+        """
+        for fragment in self._fragments:
+            if fragment.gathers:
+                self._wait(self._start(fragment))
+
+    @property
+    def _awaited(self) -> list[Fragment]:
+        """Those with something to land, in the order in which it does, the same on all ranks."""
+        dated = [(f.schedule.landing, f) for f in self._fragments if f.schedule.landing is not None]
+        return [fragment for _, fragment in sorted(dated, key=lambda pair: pair[0])]
+
+    # At a landing.
+
+    def all_can(self, fragment: Fragment, refusal: str | None) -> bool:
         """Whether no rank of the island has a refusal. Collective there.
+
+        Of what has been gathered, all ranks have said so before. A refusal that has come up since
+        is this rank's own matter; the others hear of it with its next ticket.
 
         Raises:
             RoundError: they are not at the same point, or a rank is gone.
         """
+        if fragment.gathered:
+            return refusal is None
         point, refused = self._call.point("a landing"), refusal is not None
         try:
             verdict = Ticket(self._island, self._call.device, point, refused=refused).wait()
@@ -50,47 +115,48 @@ class Sharing:
             self._fail(verdict.problem)
         return not verdict.refused
 
-    def land(self, fragment: Fragment, refusal: str | None) -> None:
-        """Put together what the ranks have mixed. Collective in the island.
+    def land(self, fragment: Fragment, rules: Rules, refusal: str | None) -> None:
+        """Mix in what the ranks have put together. Collective in the island.
 
         Raises:
             RoundError: a rank has a refusal, they are not at the same point, or one is gone.
         """
-        if not self.all_can(refusal):
+        if not self.all_can(fragment, refusal):
+            if fragment.gathered:
+                assert refusal is not None
+                self._call.fail_alone(refusal)
             self._fail(by_rank(self._island.tell(refusal), self._island.ranks))
-        self.put_together(fragment)
+        self.put_together(fragment, rules)
 
-    def put_together(self, fragment: Fragment) -> None:
+    def put_together(self, fragment: Fragment, rules: Rules) -> None:
         """The same, where :meth:`all_can` has been asked."""
+        self._wait(self._start(fragment))
+        fragment.mix_in(rules)
+
+    def _start(self, fragment: Fragment) -> Gathering:
+        """Start gathering what lies in the common vectors, unless that is under way."""
+        if fragment.gathering is None:
+            group = self._links.shares or self._island
+            fragment.gathering = Gathering(group, fragment.buckets, fragment.common)
+        return fragment.gathering
+
+    def _wait(self, gathering: Gathering) -> None:
         try:
-            put_together(self._island, fragment.buckets, fragment.common)
+            gathering.wait()
         except RuntimeError as error:
             self._fail(str(error))
-        fragment.write_common()
 
     def _fail(self, cause: str) -> NoReturn:
         self._call.note_failure_in_island(cause)
         raise self._call.failure() from None
 
 
-def put_together(island: Communicator, buckets: Sequence[Bucket], flats: Sequence[Tensor]) -> None:
-    """Fill every flat vector with the shares of the ranks that have them. Collective; blocks.
-
-    Args:
-        island: the ranks; the number of a share is that of its rank.
-        buckets: how the vectors are shared out.
-        flats: one a bucket, of its length, in which this rank's share holds what it has.
-
-    Raises:
-        RuntimeError: the communication failed; the vectors may hold anything then.
-    """
-    with record_function("commhooks::put_together"):
-        futures: list[torch.futures.Future[Any]] = []
-        for bucket, flat in zip(buckets, flats, strict=True):
-            for owner, (start, stop) in enumerate(pairwise(bucket.edges)):
-                if start < stop:
-                    futures.append(island.broadcast(flat[start:stop], owner))
-        for future in futures:
-            future.wait()
-        for device in {bucket.device for bucket in buckets}:
-            catch_up_with_callbacks(device)
+def _is_ready(fragment: Fragment) -> bool:
+    try:
+        fragment.refresh()
+    except RegistrationError:
+        # Told at the landing, where the ranks can say why.
+        return False
+    if fragment.gathering is not None:
+        return fragment.gathered
+    return fragment.round is None or fragment.round.arrived_well

@@ -34,6 +34,9 @@ class StepAverager:
         meter: where bytes and seconds between workers are counted.
         sharded: whether the model averages gradients inside an island by itself.
         inside: whether steps ever are averaged inside the island only.
+
+    Attributes:
+        agreed: the least of what the ranks were ``ready`` for in the last backward.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class StepAverager:
         self._call = call
         self._meter = meter
         self._sharded = sharded
+        self.agreed = 0
         self._everywhere: GradientAverager | None = None
         self._inside: GradientAverager | None = None
         if links.island is not None and inside and not sharded:
@@ -60,7 +64,7 @@ class StepAverager:
         return self._everywhere
 
     def average(
-        self, bucket: GradBucket, *, first: bool, last: bool, everywhere: bool
+        self, bucket: GradBucket, *, first: bool, last: bool, everywhere: bool, ready: int = 0
     ) -> torch.futures.Future[Tensor]:
         """Average a bucket of a DDP model over all ranks, or inside the island if there is one.
 
@@ -71,6 +75,7 @@ class StepAverager:
             first: whether it is the first of its backward.
             last: whether it is the last.
             everywhere: whether over all ranks.
+            ready: what the ranks agree on the least of, with the first bucket.
         """
         gradient = done(bucket.buffer())
         averager = self.open() if everywhere else self._inside
@@ -80,10 +85,10 @@ class StepAverager:
             try:
                 if first:
                     point = self._call.point("the gradients of a backward")
-                    averager.begin(self._call.device, point)
+                    averager.begin(self._call.device, point, ready)
                 gradient = averager.average(bucket)
                 if last:
-                    averager.end(self._call.device)
+                    self.agreed = min(averager.end(self._call.device))
             except Exception as error:  # noqa: BLE001 - a backend may raise anything
                 self._note_failure(averager, str(error))
         if last and self._call.failed:

@@ -23,8 +23,8 @@ class Bucket:
     The flat order of a dense tensor is that of its memory, so that channels_last and transposed
     parameters copy as fast as others; ranks must agree on strides, and registration checks it.
 
-    The ranks of an island share a bucket out: each has vectors of its share alone, computes that
-    in :attr:`common`, and takes the rest from the others.
+    The ranks of an island share a bucket out: each has vectors of its share alone, writes what
+    comes of that to :attr:`common`, and takes the rest from the others.
 
     Args:
         tensors: what lies in the bucket, in order.
@@ -99,11 +99,18 @@ class Bucket:
         self.common = None
 
     def gathered(self) -> Iterator[Gathered]:
-        """Go through the share chunk by chunk; chunks share their scratch vectors."""
+        """Go through the share chunk by chunk; chunks share their scratch vectors.
+
+        Where the bucket is shared out, they hold copies.
+        """
+        for chunk in self.chunks():
+            chunk.gather()
+            yield chunk
+
+    def chunks(self) -> Sequence[Gathered]:
+        """The same, with whatever is in the scratch vectors."""
         self.refresh()
-        for gathered in self._gathered:
-            gathered.gather()
-            yield gathered
+        return self._gathered
 
     def gather_share(self, flat: Tensor) -> None:
         """Copy the share into ``flat``, of length :attr:`length`."""
@@ -122,6 +129,23 @@ class Bucket:
         """Copy ``flat``, of length :attr:`numel`, into the tensors."""
         for chunk in self._chunks:
             torch._foreach_copy_(chunk.pieces, chunk.views(flat[chunk.start : chunk.stop]))
+
+    def mix_in(self, weight: float) -> None:
+        """x <- weight x + :attr:`common` for all of x, with the same bits on all ranks.
+
+        What is done to a number does not depend on how its rank cuts the shares: a product and a
+        sum, each rounded, and not a ``lerp`` or a sum with a factor, of which a CPU may round the
+        last numbers of a chunk in another way than the others.
+        """
+        assert self.common is not None
+        if weight == 0:
+            self.scatter(self.common)
+            return
+        for chunk in self._chunks:
+            whole = Gathered(chunk, self._scratch, {})
+            whole.gather()
+            whole.x.mul_(weight).add_(self.common[chunk.start : chunk.stop])
+            whole.write_back()
 
     def swap(self, flat: Tensor) -> None:
         """Exchange the tensors' numbers with those in ``flat``, of length :attr:`numel`.
@@ -176,15 +200,15 @@ class Bucket:
                 )
         limit = chunk_numel(self.device)
         self._chunks = mine = list(cut(self.tensors, limit))
-        into = None
+        common = None
         if self.shared:
             mine = list(
                 cut([part for _, part in window(self.tensors, self.start, self.stop)], limit)
             )
             if self.common is None:
                 self.common = torch.empty(self.numel, dtype=self.dtype, device=self.device)
-            into = self.common[self.start : self.stop]
-        self._gathered = [Gathered(chunk, self._scratch, self.vectors, into) for chunk in mine]
+            common = self.common[self.start : self.stop]
+        self._gathered = [Gathered(chunk, self._scratch, self.vectors, common) for chunk in mine]
         self._addresses = addresses
 
 

@@ -124,13 +124,14 @@ class Gathered:
         chunk: where the numbers are.
         scratch: room to compute in.
         vectors: a bucket's vectors, by name.
-        into: where to copy the numbers to, of all the bucket's chunks; None for in place, or to
-            scratch that the chunks share.
+        common: the bucket's common vector from where this rank's share of it begins; ``x`` is then
+            always a copy.
 
     Attributes:
         x: the numbers, flat; a copy, or themselves.
         spare: room for as many, to compute in without allocating.
         vectors: the slices of the vectors that go with them.
+        common: the same of the common vector, where there is one.
     """
 
     def __init__(
@@ -138,17 +139,16 @@ class Gathered:
         chunk: Chunk,
         scratch: Scratch,
         vectors: Mapping[str, Tensor],
-        into: Tensor | None = None,
+        common: Tensor | None = None,
     ) -> None:
         self.x, self.spare = scratch.rows(chunk.stop - chunk.start)
         self.vectors = {name: flat[chunk.start : chunk.stop] for name, flat in vectors.items()}
         self._pieces = chunk.pieces
         self._views: list[Tensor] | None = None
         first = chunk.pieces[0]
-        if into is not None:
-            self.x = into[chunk.start : chunk.stop]
-            self._views = chunk.views(self.x)
-        elif len(chunk.pieces) == 1 and first.is_contiguous() and first.dtype == self.x.dtype:
+        self.common = None if common is None else common[chunk.start : chunk.stop]
+        flat = len(chunk.pieces) == 1 and first.is_contiguous() and first.dtype == self.x.dtype
+        if flat and common is None:
             self.x = first.view(-1)
         else:
             self._views = chunk.views(self.x)

@@ -1,8 +1,4 @@
-"""What a network will cost: step time, traffic and memory of every algorithm, predicted.
-
-::
-
-    python -m commhooks.plan --params 124e6 --step-ms 300 --bandwidth 1gbit --ranks 16
+"""The cost model: step time, traffic and memory of an algorithm on a network.
 
 The model is the usual one of a ring all-reduce: a message costs a latency and its bytes cost the
 bandwidth. It knows no stragglers, no shared switches and no time to copy; every link sends and
@@ -11,19 +7,20 @@ receives at full speed at once.
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = [
     "ALGORITHMS",
+    "COMPRESSIONS",
     "Algorithm",
     "Network",
     "Prediction",
     "Work",
     "algorithms",
+    "exposed_inside",
+    "exposed_rounds",
+    "gathering_seconds",
     "hiding_delay",
     "hiding_tau",
     "parse_rate",
@@ -41,6 +38,9 @@ _FORWARD = 1 / 3
 # A block of 256 numbers in fp32 is 1024 bytes; rounded to integers it has a scale of 4 bytes.
 _SENT = {None: 1.0, "bf16": 512 / 1024, "int8": 260 / 1024, "int4": 132 / 1024}
 
+COMPRESSIONS = tuple(_SENT)
+"""What rounds can be rounded to, the finest first; None rounds nothing."""
+
 
 @dataclass(frozen=True)
 class Network:
@@ -51,29 +51,57 @@ class Network:
         bandwidth: of a machine's link in each direction, in bit/s.
         latency: of a message, in seconds.
         island: how many ranks share a machine and its link, and make one worker.
+        per_node: how many ranks share a machine and its link, where they are workers by themselves.
+        inside: bandwidth between the ranks of a machine, in bit/s.
     """
 
     ranks: int
     bandwidth: float
     latency: float = 0.0
     island: int = 1
+    per_node: int = 1
+    inside: float = math.inf
 
     @property
     def workers(self) -> int:
         """Number of workers, m."""
         return self.ranks // self.island
 
-    def wire_bytes(self, payload: float) -> float:
+    @property
+    def sharing(self) -> int:
+        """Number of workers that share a link."""
+        return max(1, self.per_node // self.island)
+
+    def wire_bytes(self, payload: float, *, two_shots: bool = False) -> float:
         """Bytes that an all-reduce of ``payload`` bytes puts on each link: 2 (m - 1) / m of it.
 
-        The ranks of an island send a share each, which together is as much.
+        The ranks of an island send a share each, which together is as much. A ring over workers
+        that share a link passes each machine once, and is as much too. Of two shots only the second
+        is such a ring. In the first, each of the workers that share a link sends a piece to every
+        worker of the other machines.
         """
-        return 2 * (self.workers - 1) / self.workers * payload * _HEADERS
+        ring = (self.workers - 1) / self.workers
+        first = self.sharing * (self.workers - self.sharing) / self.workers if two_shots else ring
+        return (first + ring) * payload * _HEADERS
 
-    def all_reduce_seconds(self, payload: float) -> float:
+    def all_reduce_seconds(self, payload: float, *, two_shots: bool = False) -> float:
         """Seconds of a ring all-reduce: 2 (m - 1) messages, one after the other."""
         messages = 2 * (self.workers - 1)
-        return messages * self.latency + 8 * self.wire_bytes(payload) / (_BUSY * self.bandwidth)
+        sent = self.wire_bytes(payload, two_shots=two_shots)
+        return messages * self.latency + 8 * sent / (_BUSY * self.bandwidth)
+
+    def rate_of(self, payload: float, seconds: float) -> float:
+        """The bandwidth at which :meth:`all_reduce_seconds` is as long as was measured.
+
+        A small payload may take hardly longer than its messages do. Then a tenth of the time is
+        put down to its bytes, since no link is infinitely fast.
+        """
+        messages = 2 * (self.workers - 1) * self.latency
+        return 8 * self.wire_bytes(payload) / (_BUSY * max(seconds - messages, seconds / 10))
+
+    def machine(self) -> Network:
+        """The ranks of one island, joined by what joins them inside a machine."""
+        return Network(self.island, self.inside)
 
 
 @dataclass(frozen=True)
@@ -84,16 +112,28 @@ class Work:
         payload: bytes of the parameters (and of the gradients), in the averaged format.
         step: seconds of a step that does not communicate.
         compression: what rounds are rounded to; None for nothing.
+        encoding: bytes of parameters that a rank rounds, or restores, in a second.
     """
 
     payload: float
     step: float
     compression: str | None = None
+    encoding: float = math.inf
 
     @property
     def sent(self) -> float:
         """Bytes that stand for the parameters in a round."""
         return self.payload * _SENT[self.compression]
+
+    def round_seconds(self, network: Network, fragments: int = 1) -> float:
+        """Seconds from the launch of the round of one of ``fragments`` to its end.
+
+        A rank rounds its share of the model once, and restores it once.
+        """
+        rounded = self.compression is not None
+        sending = network.all_reduce_seconds(self.sent / fragments, two_shots=rounded)
+        rounding = 2 * self.payload / fragments / network.island / self.encoding if rounded else 0.0
+        return sending + rounding
 
     def kept(self, algorithm: Algorithm, network: Network) -> float:
         """Bytes of memory that ``algorithm`` keeps on a rank besides the model."""
@@ -196,17 +236,17 @@ def predict(algorithm: Algorithm, tau: int, work: Work, network: Network) -> Pre
         work: what is trained.
         network: what joins the ranks.
     """
-    payload = work.payload if algorithm.kind == "step" else work.sent
+    averages_gradients = algorithm.kind == "step"
+    payload = work.payload if averages_gradients else work.sent
     fragments, part = algorithm.fragments, payload / algorithm.fragments
-    if algorithm.kind == "step":
+    if averages_gradients:
         tau = 1
         exposed = _exposed_under_backward(work, network)
     else:
-        # A round is hidden by the steps before it lands, but a link carries one after the other:
-        # where they take longer than the steps from one launch to the next, they set the pace.
-        under = min(algorithm.delay_steps(tau), tau / fragments) * work.step
-        exposed = fragments / tau * max(0.0, network.all_reduce_seconds(part) - under)
+        exposed = exposed_rounds(algorithm, tau, work, network)
+        exposed += exposed_inside(work, network) + gathering_seconds(work, network) / tau
     delay = algorithm.delay_steps(tau)
+    two_shots = work.compression is not None and not averages_gradients
     return Prediction(
         algorithm=algorithm,
         tau=tau,
@@ -215,21 +255,44 @@ def predict(algorithm: Algorithm, tau: int, work: Work, network: Network) -> Pre
         exposed=exposed,
         hiding=delay * work.step,
         round=part,
-        sent=network.wire_bytes(payload) / tau,
+        sent=network.wire_bytes(payload, two_shots=two_shots) / tau,
         # With more fragments than steps, several are launched after the same one.
-        peak=math.ceil(fragments / tau) * network.wire_bytes(part),
+        peak=math.ceil(fragments / tau) * network.wire_bytes(part, two_shots=two_shots),
         memory=work.kept(algorithm, network),
     )
 
 
+def exposed_rounds(algorithm: Algorithm, tau: int, work: Work, network: Network) -> float:
+    """Seconds, a step, that the training thread waits for rounds of parameters.
+
+    A round is hidden by the steps before it lands, but a link carries one after the other: where
+    they take longer than the steps from one launch to the next, they set the pace.
+    """
+    fragments = algorithm.fragments
+    under = min(algorithm.delay_steps(tau), tau / fragments) * work.step
+    return fragments / tau * max(0.0, work.round_seconds(network, fragments) - under)
+
+
+def exposed_inside(work: Work, network: Network) -> float:
+    """Seconds, a step, that an island's own gradients add to it."""
+    if network.island == 1 or math.isinf(network.inside):
+        return 0.0
+    return _exposed_under_backward(work, network.machine())
+
+
+def gathering_seconds(work: Work, network: Network) -> float:
+    """Seconds in which the ranks of an island put their shares together: half an all-reduce."""
+    return network.machine().all_reduce_seconds(work.payload) / 2
+
+
 def hiding_tau(work: Work, network: Network) -> int:
     """The smallest tau whose steps take as long as the all-reduce they are to hide."""
-    return max(1, math.ceil(network.all_reduce_seconds(work.sent) / work.step))
+    return max(1, math.ceil(work.round_seconds(network) / work.step))
 
 
 def hiding_delay(work: Work, network: Network, fragments: int = 1) -> int:
     """The smallest delay, in steps, under which the round of one of ``fragments`` is hidden."""
-    return max(1, math.ceil(network.all_reduce_seconds(work.sent / fragments) / work.step))
+    return max(1, math.ceil(work.round_seconds(network, fragments) / work.step))
 
 
 def parse_rate(text: str) -> float:
@@ -259,98 +322,3 @@ def _exposed_under_backward(work: Work, network: Network) -> float:
         ready = begun + backward * produced / work.payload
         free_at = max(ready, free_at) + network.all_reduce_seconds(bucket)
     return max(0.0, free_at - work.step)
-
-
-def _table(shown: Sequence[Algorithm], work: Work, network: Network, taus: Sequence[int]) -> str:
-    heading = ("algorithm", "tau", "delay", "step", "exposed", "MB/step", "peak MB", "memory MB")
-    rows = [heading]
-    for algorithm in shown:
-        for tau in (1,) if algorithm.kind == "step" else taus:
-            found = predict(algorithm, tau, work, network)
-            rows.append(
-                (
-                    algorithm.name,
-                    str(found.tau),
-                    str(found.delay),
-                    f"{found.step * 1e3:,.1f}",
-                    f"{found.exposed * 1e3:,.1f}",
-                    f"{found.sent / 1e6:,.1f}",
-                    f"{found.peak / 1e6:,.1f}",
-                    f"{found.memory / 1e6:,.0f}",
-                )
-            )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heading))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
-
-
-def _rate(text: str) -> float:
-    try:
-        return parse_rate(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the predictions that the command line asks for."""
-    parser = argparse.ArgumentParser(
-        prog="python -m commhooks.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--params", type=_positive, required=True, help="number of parameters")
-    parser.add_argument(
-        "--step-ms", type=_positive, required=True, help="a step without communication, in ms"
-    )
-    parser.add_argument("--bandwidth", type=_rate, required=True, help="of a link, such as 1gbit")
-    parser.add_argument("--latency-ms", type=float, default=0.0, help="of a message, in ms")
-    parser.add_argument("--ranks", type=int, required=True, help="number of ranks")
-    parser.add_argument("--bytes-per-param", type=_positive, default=4.0, help="4 for fp32")
-    parser.add_argument("--tau", type=int, nargs="+", help="default: around the one that hides all")
-    parser.add_argument("--fragments", type=int, default=4, help="of DiLoCo's streaming form")
-    parser.add_argument(
-        "--island", type=int, default=1, help="ranks of a machine, which make one worker"
-    )
-    parser.add_argument(
-        "--compression", choices=[name for name in _SENT if name], help="what a round is rounded to"
-    )
-    options = parser.parse_args(arguments)
-    if options.ranks < 2 or options.latency_ms < 0 or min(options.tau or [1]) < 1:
-        parser.error("there must be 2 ranks at least, tau 1 at least, and no latency below 0")
-    if options.fragments < 1:
-        parser.error("there must be 1 fragment at least")
-    if options.island < 1 or options.ranks % options.island or options.ranks == options.island:
-        parser.error("--island must divide --ranks, into 2 islands at least")
-    network = Network(options.ranks, options.bandwidth, options.latency_ms / 1e3, options.island)
-    payload = options.params * options.bytes_per_param
-    work = Work(payload, options.step_ms / 1e3, options.compression)
-    best = hiding_tau(work, network)
-    taus = options.tau or sorted({max(1, best // 4), max(1, best // 2), best, 2 * best})
-    reduction = network.all_reduce_seconds(work.sent)
-    part = network.all_reduce_seconds(work.sent / options.fragments)
-    delay = hiding_delay(work, network, options.fragments)
-    sys.stdout.write(
-        f"{_table(algorithms(options.fragments), work, network, taus)}\n\n"
-        "step and exposed in ms. MB/step: on each link, on average; peak: what the rounds launched "
-        "after one step send.\n"
-        f"A round of the whole model takes {reduction * 1e3:,.1f} ms. The smallest tau that "
-        f"hides it under the steps is {best}.\n"
-        f"One of a fragment ({options.fragments} in all) takes {part * 1e3:,.1f} ms, which a delay "
-        f"of {delay} hides.\n"
-    )
-
-
-if __name__ == "__main__":
-    main()

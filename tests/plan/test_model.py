@@ -6,28 +6,25 @@ To measure again::
 """
 
 import json
-import subprocess
-import sys
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import commhooks
-from commhooks import plan
 from commhooks.plan import (
     ALGORITHMS,
     Algorithm,
     Network,
     Work,
-    algorithms,
     hiding_delay,
     hiding_tau,
     parse_rate,
     predict,
 )
 
-MEASURED = json.loads((Path(__file__).parent / "plan_measurements.json").read_text())
+MEASURED = json.loads((Path(__file__).parents[1] / "plan_measurements.json").read_text())
 BY_NAME = {algorithm.name: algorithm for algorithm in ALGORITHMS}
 # As the benchmark calls them.
 CONTENDERS = {
@@ -175,30 +172,6 @@ def test_no_rates(text: str) -> None:
         parse_rate(text)
 
 
-def test_command_line() -> None:
-    words = "--params 124e6 --step-ms 300 --bandwidth 1gbit --latency-ms 0.5 --ranks 16"
-    done = subprocess.run(
-        [sys.executable, "-m", "commhooks.plan", *words.split()],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for algorithm in ALGORITHMS:
-        assert algorithm.name in done.stdout
-    assert "The smallest tau that hides it under the steps is 27." in done.stdout
-    assert "One of a fragment (4 in all) takes 2,019.9 ms, which a delay of 7 hides." in done.stdout
-
-
-def test_the_command_line_takes_a_number_of_fragments(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "--params 1e6 --step-ms 10 --bandwidth 1gbit --ranks 2 --tau 16 --fragments 8"
-    plan.main(words.split())
-    printed = capsys.readouterr().out
-    assert "DiLoCo, fragments=8, delay=tau/8" in printed
-    assert algorithms(8)[7].delay_steps(16) == 2
-    with pytest.raises(SystemExit):
-        plan.main([*words.split()[:-1], "0"])
-
-
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
 def test_islands_are_workers_that_share_out_the_model(algorithm: Algorithm) -> None:
     flat, islands = Network(4, 200e6), Network(16, 200e6, island=4)
@@ -220,3 +193,56 @@ def test_compressed_rounds_send_less_and_keep_more(compression: str, most: float
             assert found.sent <= most * plain.sent
             assert found.memory > plain.memory
     assert hiding_tau(work, SLOW) <= hiding_tau(WORK, SLOW)
+
+
+@pytest.mark.parametrize(("machines", "each"), [(2, 1), (2, 2), (3, 4), (8, 8)])
+def test_what_crosses_a_link_is_what_counting_messages_gives(machines: int, each: int) -> None:
+    """Machine 0 sends; ranks that are workers by themselves share its link."""
+    ranks = machines * each
+    network = Network(ranks, 1e9, per_node=each)
+    headers = Network(2, 1e9).wire_bytes(1)
+    piece = 1000 * headers / ranks
+    # A ring passes a piece in each of 2 (m - 1) turns, and leaves a machine at one place.
+    assert network.wire_bytes(1000) == pytest.approx(2 * (ranks - 1) * piece)
+    # Two shots: a piece to every worker, of which those on the same machine cross no link.
+    crossing = sum(to >= each for _ in range(each) for to in range(ranks))
+    shots = (crossing + ranks - 1) * piece
+    assert network.wire_bytes(1000, two_shots=True) == pytest.approx(shots)
+
+
+def test_an_island_sends_a_share_a_rank_in_one_shot_or_two() -> None:
+    flat, islands = Network(2, 1e9), Network(8, 1e9, island=4, per_node=4)
+    for two_shots in (False, True):
+        found, expected = (n.wire_bytes(1e6, two_shots=two_shots) for n in (islands, flat))
+        # All ranks of a machine together; one of them sends a quarter.
+        assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 16])
+def test_the_rate_of_a_measured_time_predicts_this_time(ranks: int) -> None:
+    network = Network(ranks, 3e8, latency=1e-4)
+    seconds = network.all_reduce_seconds(1e8)
+    assert network.rate_of(1e8, seconds) == pytest.approx(network.bandwidth)
+
+
+def test_a_time_that_is_all_messages_gives_a_rate_too() -> None:
+    network = Network(2, 1.0, latency=1e-3)
+    assert 0 < network.rate_of(1000, 1e-3) < math.inf
+
+
+def test_what_joins_a_machine_is_waited_for_where_it_is_slow() -> None:
+    local = BY_NAME["LocalSGD"]
+    free = predict(local, 8, WORK, Network(8, 1e9, island=4))
+    bus = predict(local, 8, WORK, Network(8, 1e9, island=4, inside=1e9))
+    fast = predict(local, 8, WORK, Network(8, 1e9, island=4, inside=1e18))
+    assert bus.exposed > free.exposed
+    assert fast.exposed == pytest.approx(free.exposed)
+
+
+def test_rounding_takes_time_twice_a_round() -> None:
+    network = Network(2, 1e9)
+    slow = Work(WORK.payload, WORK.step, "int8", encoding=WORK.payload)
+    fast = Work(WORK.payload, WORK.step, "int8")
+    assert slow.round_seconds(network) - fast.round_seconds(network) == pytest.approx(2)
+    exact = Work(WORK.payload, WORK.step, encoding=WORK.payload)
+    assert exact.round_seconds(network) == network.all_reduce_seconds(WORK.payload)

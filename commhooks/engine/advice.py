@@ -1,0 +1,131 @@
+"""What the log says once, where a run could do better than it does."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import weakref
+from dataclasses import dataclass
+from typing import Protocol
+
+from commhooks.stats import Stats
+
+__all__ = ["Advice"]
+
+logger = logging.getLogger("commhooks")
+
+# A round in flight makes steps a little longer, and clocks differ; this much is none of those.
+_EXPOSED = 0.2
+# So many rounds in a row.
+_ROUNDS = 5
+# Beyond it, averaging models is averaging different ones (docs/worse.md has what was measured).
+_DRIFT = 0.5
+
+
+class _Call(Protocol):
+    @property
+    def failed(self) -> bool: ...
+
+
+@dataclass
+class _Open:
+    """Whether the ranks' models differ."""
+
+    algorithm: str
+    apart: bool = False
+
+
+def _remind(run: _Open, call: _Call) -> None:
+    """The state is gone, or the process ends."""
+    # Who ends with an error has been told something else already.
+    if run.apart and not call.failed and not hasattr(sys, "last_value"):
+        logger.warning(
+            "commhooks: %s made local steps after the last finish() or averaged(), so that every "
+            "rank ends with a model of its own. Call state.finish() on all ranks before the model "
+            "is saved or used.",
+            run.algorithm,
+        )
+
+
+class Advice:
+    """Looks at a run as it goes, and says each thing once.
+
+    Args:
+        owner: whose run it is; when it is gone, the run is over.
+        algorithm: its name.
+        call: knows whether a round has failed.
+        delay: steps from a launch to its landing, 0 if rounds are waited for; None for tau.
+        speaks: whether this rank says what all of them find.
+    """
+
+    def __init__(
+        self, owner: object, algorithm: str, call: _Call, delay: int | None, *, speaks: bool
+    ) -> None:
+        self._delay = delay
+        self._speaks = speaks
+        self._said: set[str] = set()
+        self._exposed = 0.0
+        self._late = self._far = 0
+        self._run = _Open(algorithm)
+        weakref.finalize(owner, _remind, self._run, call)
+
+    def stepped(self, *, local: bool) -> None:
+        """A step was made."""
+        self._run.apart |= local
+
+    def together(self) -> None:
+        """The consensus model was put in place."""
+        self._run.apart = False
+
+    def evaluated(self) -> None:
+        """A forward without gradients, of a model in evaluation mode, on this rank's own model."""
+        if self._run.apart:
+            self._say(
+                "evaluated",
+                "the model is evaluated outside averaged(), which is this rank's own model and not "
+                "the consensus. Write: with state.averaged(): evaluate(model)",
+            )
+
+    def landed(self, stats: Stats) -> None:
+        """A round has landed; ``stats`` are the same on every rank."""
+        waited, self._exposed = stats.seconds_exposed - self._exposed, stats.seconds_exposed
+        if self._delay != 0:
+            self._look_at_times(waited, stats)
+        self._far = self._far + 1 if stats.relative_drift > _DRIFT else 0
+        if self._far == _ROUNDS:
+            self._say(
+                "drift",
+                f"the workers' models are {stats.relative_drift:.2f} times their own size apart "
+                f"when they are averaged, after {stats.tau} steps. Take a smaller tau or a lower "
+                "learning rate; state.drift() names the parameters.",
+            )
+
+    def _look_at_times(self, waited: float, stats: Stats) -> None:
+        steps = stats.tau if self._delay is None else self._delay
+        cover = steps * stats.step_seconds
+        late = waited > _EXPOSED * stats.tau * stats.step_seconds > 0
+        self._late = self._late + 1 if late else 0
+        if self._late < _ROUNDS:
+            return
+        if stats.round_seconds > cover:
+            needed = math.ceil(1.2 * stats.round_seconds / stats.step_seconds)
+            name = "tau" if self._delay is None else "delay"
+            self._say(
+                "exposed",
+                f"communication is not hidden: a round takes {stats.round_seconds:.3g} s, and the "
+                f"{steps} steps that should hide it take {cover:.3g} s. A {name} of {needed} would "
+                'hide it, or compression="int8"; tau="auto" finds tau by itself.',
+            )
+        else:
+            self._say(
+                "uneven",
+                f"ranks wait for one another although a round takes {stats.round_seconds:.3g} s "
+                f"and the steps that hide it {cover:.3g} s: some rank is slower than the others, "
+                "or stops now and then.",
+            )
+
+    def _say(self, what: str, text: str) -> None:
+        if what not in self._said and self._speaks:
+            logger.warning("commhooks: %s", text)
+        self._said.add(what)

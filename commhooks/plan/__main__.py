@@ -1,0 +1,5 @@
+"""``python -m commhooks.plan``."""
+
+from commhooks.plan.command_line import main
+
+main()

@@ -1,0 +1,1 @@
+"""The planner: its cost model, its ranking, its command line, and what it measures."""
