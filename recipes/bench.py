@@ -7,7 +7,6 @@ a step, a boundary, memory, and draws the profile of two rounds. Takes about hal
 """
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -27,14 +26,12 @@ from rich.console import Console
 from benchmark.bars import bars_table, measured_bars
 from benchmark.contenders import skipped
 from benchmark.markdown import markdown
+from benchmark.measurer import Measurer
 from benchmark.picture import draw
 from benchmark.results import Cell, Line, lines, medians
 from benchmark.tables import boundary_table, overhead_table, race_table, shared_table
 from benchmark.timeline import draw_timeline
 from network import sandbox
-
-RECIPES = Path(__file__).resolve().parent
-_STOP_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -91,50 +88,6 @@ class Scale:
     boundary_blocks: tuple[int, ...] = (20, 226)
     boundary_rounds: int = 7
     traced_tau: int = 4
-
-
-class Measurer:
-    """Runs tasks on ranks joined by a network, and keeps what they found.
-
-    Args:
-        folder: where the records go.
-        shaped: whether the network can be shaped here.
-    """
-
-    def __init__(self, folder: Path, *, shaped: bool) -> None:
-        self._shaped = shaped
-        self._records = folder / "records.jsonl"
-        folder.mkdir(parents=True)
-
-    def measure(
-        self, ranks: int, rate: str, kind: str, fields: Mapping[str, Any], per_node: int = 1
-    ) -> list[dict[str, Any]]:
-        """The records of one task.
-
-        Raises:
-            subprocess.CalledProcessError: a rank failed; it has said why.
-        """
-        partial = self._records.with_name("partial.jsonl")
-        partial.write_text("")
-        task = json.dumps({"kind": kind, "fields": fields})
-        worker = [sys.executable, "-m", "benchmark.worker", task, str(partial.resolve())]
-        link = [sys.executable, str(RECIPES / "link.py"), "--ranks", str(ranks), "--rate", rate]
-        link += ["--per-node", str(per_node)]
-        search = os.pathsep.join(filter(None, [str(RECIPES), os.environ.get("PYTHONPATH")]))
-        command = [*link, "--", *worker]
-        _run(command, {**os.environ, "PYTHONPATH": search})
-        records = [json.loads(line) for line in partial.read_text().splitlines()]
-        partial.unlink()
-        with self._records.open("a") as lines:
-            for record in records:
-                where = {"measurement": kind, "ranks": ranks, "rate": rate, "per_node": per_node}
-                lines.write(json.dumps({**where, **record}) + "\n")
-        return records
-
-    @property
-    def shaped(self) -> bool:
-        """Whether rates hold and bytes are counted."""
-        return self._shaped
 
 
 _CELL = re.compile(r"(\d+)x(?:(\d+)x)?([a-z0-9.]+?)(?::(pretend|resnet18))?(?::tau(\d+))?")
@@ -310,22 +263,6 @@ def main() -> int:
     minutes = (time.monotonic() - started) / 60
     console.print(f"{minutes:.1f} minutes; records, picture and W&B run lie in {folder}")
     return 0
-
-
-def _run(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    process = subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        _, errors = process.communicate()
-    except BaseException:
-        # The link cleans up after itself.
-        process.terminate()
-        process.wait(_STOP_S)
-        raise
-    if process.returncode:
-        sys.stderr.write(errors)
-        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

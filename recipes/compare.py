@@ -43,7 +43,8 @@ class Compare:
     grid: Annotated[str, tyro.conf.arg(metavar="|".join(GRIDS))] = "short"
     """Where to start from; the next six options change it."""
     algorithms: Annotated[tuple[str, ...] | None, _of_grid("NAME[:OPTION=VALUE,...] [...]")] = None
-    """Algorithms with hyper-parameters: ddp overlap-local-sgd:alpha=0.6,beta=0.7"""
+    """Algorithms with hyper-parameters: ddp overlap-local-sgd:alpha=0.6,beta=0.7. One may be given
+    a name for tables and pictures: late=diloco:delay=tau"""
     tau: Annotated[tuple[int, ...] | None, _of_grid("STEPS [STEPS ...]")] = None
     """Steps between two averagings."""
     lr: Annotated[tuple[float, ...] | None, _of_grid("RATE [RATE ...]")] = None
@@ -149,6 +150,10 @@ def report(
     command = shlex.join(["python", "recipes/compare.py", *sys.argv[1:]])
     link = f"Links of {compare.link}." if compare.link else "No link is shaped."
     details = f"{grid.workers} workers, options `{shlex.join(grid.options)}`. {link}"
+    names = [f"{m.name} is {m.spelled}" for m in grid.methods() if m.name is not None]
+    if names:
+        console.print("; ".join(names), markup=False)
+        details += f" {'; '.join(names)}."
     (compare.folder / "comparison.md").write_text(
         markdown(results, command=command, details=details)
     )

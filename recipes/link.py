@@ -4,7 +4,10 @@
         accelerate launch --multi_gpu recipes/vision.py --algorithm overlap-local-sgd
 
 Every rank runs the command in a network namespace of its own, as if on a machine of its own; what
-it sends is held to the rate. With --per-node several ranks share a machine and its link.
+it sends is held to the rate. With --per-node several ranks share a machine and its link. A rate can
+change in the middle of a run: --rate 200mbit,50mbit@60,1gbit@120 goes down to 50 Mbit/s after a
+minute, and up to 1 Gbit/s after two.
+
 `accelerate launch` and `torchrun` are told their place among the machines, as is a script that
 calls `init_process_group` itself; for anything else write {rank}, {ranks}, {address}, {port} and
 {interface} where they belong.
@@ -32,8 +35,9 @@ import tyro
 
 from network import sandbox
 from network.launchers import Place, command_of, environment_of, name_of, places
+from network.rates import UNSHAPED, Change, Course, parse_rates
 from network.supervisor import Supervisor
-from network.switch import INTERFACE, build_switch, sent_bytes
+from network.switch import INTERFACE, Port, build_switch, change_rate, sent_bytes
 
 _PORT = 29500
 # Longer than the supervisor takes to end ranks by force.
@@ -50,8 +54,9 @@ class Link:
     """Ranks in all."""
     per_node: int = 1
     """Ranks of one machine, which share its link and reach one another without it."""
-    rate: Annotated[str, tyro.conf.arg(metavar="RATE")] = "200mbit"
-    """What each machine can send, as tc writes it: 1gbit, 200mbit, 50mbit; or unshaped."""
+    rate: Annotated[str, tyro.conf.arg(metavar="RATE[,RATE@SECONDS,...]")] = "200mbit"
+    """What each machine can send, as tc writes it: 1gbit, 200mbit, 50mbit; or unshaped. And what it
+    can send from so many seconds after the start on."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """File to write the bytes to that each machine has sent."""
     strict: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -59,21 +64,34 @@ class Link:
 
     @property
     def shape(self) -> str | None:
-        """The rate, None for no limit."""
-        return None if self.rate == "unshaped" else self.rate
+        """The rate at the start, None for no limit."""
+        first, _ = parse_rates(self.rate)
+        return None if first == UNSHAPED else first
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """The rates that follow."""
+        return parse_rates(self.rate)[1]
 
 
 def run_inside(link: Link, words: Sequence[str], lifeline: int) -> int:
     """Within the sandbox: build the network, run the ranks, count what they sent."""
     ports = build_switch(link.ranks // link.per_node, link.shape)
+    _try_out(link, ports)
     supervisor = Supervisor()
     try:
         first = Place(0, link.ranks, ports[0].address, _PORT, INTERFACE, link.per_node)
         for place in places(first, words):
             inside = ports[place.node].namespace.entered()
             _start(supervisor, place, words, inside)
-        # Readable means closed, since nobody writes: whoever started this has ended.
-        status = supervisor.wait(lambda: bool(select.select([lifeline], [], [], 0)[0]))
+        course = Course(link.changes, lambda change: _change(ports, change))
+
+        def cancelled() -> bool:
+            course.keep_up()
+            # Readable means closed, since nobody writes: whoever started this has ended.
+            return bool(select.select([lifeline], [], [], 0)[0])
+
+        status = supervisor.wait(cancelled)
     finally:
         supervisor.stop()
     sent = []
@@ -135,6 +153,19 @@ def _start(
     supervisor.start(command_of(place, words), environment, inside, name_of(place, words))
 
 
+def _try_out(link: Link, ports: Sequence[Port]) -> None:
+    """Find out now, and not in the middle of the run, whether tc understands every rate."""
+    for change in link.changes:
+        change_rate(ports[:1], change.rate)
+    if link.changes and link.shape is not None:
+        change_rate(ports[:1], link.shape)
+
+
+def _change(ports: Sequence[Port], change: Change) -> None:
+    change_rate(ports, change.rate)
+    sys.stderr.write(f"link: {change.rate} from now on, {change.seconds:g} s after the start\n")
+
+
 def _report(link: Link, sent: list[int]) -> None:
     amounts = ", ".join(f"{count / 1e6:,.1f}" for count in sent)
     sys.stderr.write(f"link: {link.rate}, {link.ranks} ranks; MB sent by each machine: {amounts}\n")
@@ -150,6 +181,11 @@ def main(arguments: Sequence[str]) -> int:
         split = own.index("--")
         own, words = own[:split], own[split + 1 :]
     link = tyro.cli(Link, description=__doc__, args=own)
+    try:
+        parse_rates(link.rate)
+    except ValueError as error:
+        sys.stderr.write(f"link: {error}\n")
+        return 2
     if link.per_node < 1 or link.ranks % link.per_node:
         sys.stderr.write(f"link: --per-node {link.per_node} does not divide --ranks {link.ranks}\n")
         return 2

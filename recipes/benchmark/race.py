@@ -3,18 +3,16 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, Optimizer
 
-from benchmark.contenders import ALONE, BASELINE, Attached, Contender
-from benchmark.loads import Load, LoadName, Pretend, build_load
+from benchmark.contenders import ALONE, BASELINE, Contender
+from benchmark.loads import LoadName, Pretend, build_load
 from benchmark.memory import peak_bytes, release, reset_peak
+from benchmark.trainee import Trainee, trained
 from commhooks import Stats
 from network.switch import sent_bytes
 
@@ -23,7 +21,6 @@ __all__ = ["Race", "Sample", "race"]
 # PowerSGD compresses from its third step; DDP has rebuilt its buckets by then.
 _WARMUP_STEPS = 3
 _BASELINE_EVERY = 4
-_ONE_BUCKET_MB = 100_000
 # What our states cut the model into.
 _BUCKET_NUMEL = 25 * 2**20 // 4
 
@@ -41,6 +38,8 @@ class Race:
         windows: rounds timed at each turn of an overlapped contender.
         counted: whether the interface has a counter.
         only: parts of contenders' names; empty for all.
+        exactly: whether these are whole names; then others have no turn, nor has an all-reduce
+            alone.
     """
 
     load: LoadName
@@ -51,6 +50,7 @@ class Race:
     windows: int
     counted: bool
     only: tuple[str, ...] = ()
+    exactly: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,11 +88,12 @@ class Sample:
 def race(plan: Race, contenders: list[Contender]) -> Iterator[dict[str, Any]]:
     """Measure; yields samples as plain values, on every rank the same."""
     baseline = next(contender for contender in contenders if contender.name == BASELINE)
-    chosen = [contender for contender in contenders if _chosen(contender, plan.only)]
+    chosen = [contender for contender in contenders if _chosen(contender, plan)]
     # The first steps of a process find cold caches and memory that it does not have yet.
     _turn(plan, baseline, 0)
     for repeat in range(plan.repeats):
-        yield from (asdict(sample) for sample in _alone(plan, repeat))
+        if not plan.exactly:
+            yield from (asdict(sample) for sample in _alone(plan, repeat))
         for number, contender in enumerate(chosen):
             # Often enough that no stretch of the machine's is compared with another one's.
             turns = [contender] if number % _BASELINE_EVERY else [baseline, contender]
@@ -100,10 +101,12 @@ def race(plan: Race, contenders: list[Contender]) -> Iterator[dict[str, Any]]:
                 yield from (asdict(sample) for sample in _turn(plan, turn, repeat))
 
 
-def _chosen(contender: Contender, only: tuple[str, ...]) -> bool:
+def _chosen(contender: Contender, plan: Race) -> bool:
     if contender.name == BASELINE:
         return False
-    return not only or any(part in contender.name for part in only)
+    if plan.exactly:
+        return contender.name in plan.only
+    return not plan.only or any(part in contender.name for part in plan.only)
 
 
 def _turn(plan: Race, contender: Contender, repeat: int) -> list[Sample]:
@@ -111,23 +114,12 @@ def _turn(plan: Race, contender: Contender, repeat: int) -> list[Sample]:
     resident = reset_peak()
     torch.manual_seed(0)
     load = build_load(plan.load, plan.step_seconds, plan.size)
-    # Nobody needs the first broadcast, since all ranks build the same model. And buffers are
-    # broadcast by none, for else the baseline would communicate.
-    model = DistributedDataParallel(
-        load.model,
-        init_sync=False,
-        forward_sync_buffers=False,
-        bucket_cap_mb=_ONE_BUCKET_MB if contender.one_bucket else None,
-    )
-    optimizer = SGD(model.parameters(), lr=1e-3)
-    with ExitStack() as stack:
-        attached = contender.attach(model, optimizer, plan.tau, stack)
-        turn = _Turn(plan, contender, load, model, optimizer, attached)
+    with trained(contender, load, plan.tau) as trainee:
+        turn = _Turn(plan, contender, trainee)
         turn.warm_up()
         times, stats = turn.windows()
         sent = turn.sent_per_synchronisation()
         peak_sent = turn.sent_in_one_step()
-        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
         mine = {
             "times": times,
             "sent": sent,
@@ -157,7 +149,7 @@ def _turn(plan: Race, contender: Contender, repeat: int) -> list[Sample]:
                 None if peak_sent is None else sum(rank["peak_sent"] for rank in ranks) / len(ranks)
             ),
             peak=max(rank["peak"] for rank in ranks),
-            parameters=parameters,
+            parameters=trainee.parameter_bytes,
         )
         for window in range(len(times))
     ]
@@ -203,19 +195,10 @@ def _alone(plan: Race, repeat: int) -> Iterator[Sample]:
 class _Turn:
     """One contender's turn on this rank."""
 
-    def __init__(
-        self,
-        plan: Race,
-        contender: Contender,
-        load: Load,
-        model: DistributedDataParallel,
-        optimizer: Optimizer,
-        attached: Attached,
-    ) -> None:
+    def __init__(self, plan: Race, contender: Contender, trainee: Trainee) -> None:
         self._plan, self._kind = plan, contender.kind
         self._fragments = contender.fragments
-        self._load, self._model = load, model
-        self._optimizer, self._attached = optimizer, attached
+        self._trainee = trainee
         per_step = contender.kind == "step"
         self.steps_per_window = 1 if per_step else plan.tau
         self._windows = 3 if per_step else 1 if contender.kind == "blocking" else plan.windows
@@ -229,12 +212,12 @@ class _Turn:
         if self._kind == "overlapped":
             # Ends right after a boundary, with a round in flight, and so does every window.
             steps = self._plan.tau
-        elif isinstance(self._load.model, Pretend):
-            self._load.model.computing(False)
+        elif isinstance(self._trainee.load.model, Pretend):
+            self._trainee.load.model.computing(False)
         for _ in range(steps):
-            self._step()
-        if isinstance(self._load.model, Pretend):
-            self._load.model.computing(True)
+            self._trainee.step()
+        if isinstance(self._trainee.load.model, Pretend):
+            self._trainee.load.model.computing(True)
         if self._kind != "overlapped":
             # With a round in flight a barrier would only queue behind it.
             dist.barrier()
@@ -246,9 +229,9 @@ class _Turn:
         for _ in range(self._windows):
             start = time.perf_counter()
             for _ in range(self.steps_per_window):
-                self._step()
+                self._trainee.step()
             times.append(time.perf_counter() - start)
-        state = self._attached.state
+        state = self._trainee.state
         stats = None if state is None else state.stats
         if self._kind == "overlapped":
             self._land()
@@ -259,7 +242,7 @@ class _Turn:
         """Bytes this rank put on the wire for one all-reduce of the model or of the gradients."""
         if not self._plan.counted:
             return None
-        state = self._attached.state
+        state = self._trainee.state
         if state is not None and self._kind == "overlapped":
             # A round is in flight at the start already, so count from before the first.
             return (self._after - self._at_first) * self._fragments / state.stats.rounds_launched
@@ -274,10 +257,10 @@ class _Turn:
             return None
         peak = 0
         # One more, since what ours launch after the last step leaves during the next.
-        ours = self._kind == "overlapped" and self._attached.state is not None
+        ours = self._kind == "overlapped" and self._trainee.state is not None
         for _ in range(self.steps_per_window + ours):
             before = self._count()
-            self._step()
+            self._trainee.step()
             peak = max(peak, self._count() - before)
         # The next contender is not to share its link with what was launched last.
         self._land()
@@ -285,7 +268,7 @@ class _Turn:
 
     def _land(self) -> None:
         """Let what is in flight arrive, so that its bytes are counted, and as this contender's."""
-        state = self._attached.state
+        state = self._trainee.state
         if state is None or self._kind == "step":
             # torchft's last round has been used; the window ends with nothing in flight.
             return
@@ -296,10 +279,3 @@ class _Turn:
 
     def _count(self) -> int:
         return sent_bytes() if self._plan.counted else 0
-
-    def _step(self) -> None:
-        self._load.loss(self._model(self._load.batch)).backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step()
-        # Before zero_grad, since torch's averager takes no parameter that has no gradient.
-        self._attached.after_step()
-        self._optimizer.zero_grad()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from benchmark.contenders import contenders
 from benchmark.micro import boundaries, overheads, shared_boundaries
 from benchmark.race import Race, race
+from benchmark.slow_worker import SlowWorker, slow_worker
 from benchmark.trace import trace
 
 __all__: list[str] = []
@@ -24,6 +25,9 @@ def measurements(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     kind, fields = task["kind"], task["fields"]
     if kind == "race":
         yield from race(Race(**{**fields, "only": tuple(fields["only"])}), contenders())
+    elif kind == "slow":
+        plan = SlowWorker(**{**fields, "only": tuple(fields["only"])})
+        yield from slow_worker(plan, contenders())
     elif kind == "overheads":
         yield from overheads(**fields)
     elif kind == "shared":

@@ -11,6 +11,7 @@ from rich.table import Table
 
 __all__ = [
     "Results",
+    "read_json",
     "read_results",
     "results_table",
     "show_results",
@@ -93,9 +94,15 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`write_json` wrote."""
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
 def read_results(path: Path) -> Results:
     """What :func:`write_results` wrote."""
-    return Results(**json.loads(path.read_text()))
+    return Results(**read_json(path))
 
 
 def results_table(runs: Sequence[Results], title: str) -> Table:

@@ -13,14 +13,23 @@ __all__ = ["GRIDS", "Cell", "Grid", "Method", "parse_method"]
 
 @dataclass(frozen=True)
 class Method:
-    """An algorithm and those of its hyper-parameters that a grid fixes."""
+    """An algorithm and those of its hyper-parameters that a grid fixes; and a name, if it has one.
+
+    Methods that differ in many hyper-parameters need a name: a picture has no room for them all.
+    """
 
     algorithm: AlgorithmName
     fixed: tuple[tuple[str, str], ...] = ()
+    name: str | None = None
 
     @property
     def label(self) -> str:
         """How tables and legends call it."""
+        return self.name or self.spelled
+
+    @property
+    def spelled(self) -> str:
+        """The algorithm and its hyper-parameters."""
         return " ".join([self.algorithm, *(f"{name}={value}" for name, value in self.fixed)])
 
     @property
@@ -132,12 +141,15 @@ class Grid:
 
 
 def parse_method(text: str) -> Method:
-    """``overlap-local-sgd:alpha=0.6,beta=0.7`` as a method.
+    """``overlap-local-sgd:alpha=0.6,beta=0.7`` as a method; ``NAME=`` before it gives it a name.
 
     Raises:
         RecipeError: it is written otherwise, or there is no such algorithm.
     """
-    name, colon, rest = text.partition(":")
+    head, colon, rest = text.partition(":")
+    called, equals, name = head.rpartition("=")
+    if equals and not called:
+        raise RecipeError(f"{text!r}: write a name as late={name}:...")
     known: tuple[AlgorithmName, ...] = get_args(AlgorithmName)
     algorithm = next((other for other in known if other == name), None)
     if algorithm is None:
@@ -152,7 +164,7 @@ def parse_method(text: str) -> Method:
         if key == "lr":
             raise RecipeError(f"{text!r}: lr is an axis of its own; use --lr")
         fixed.append((key, value))
-    return Method(algorithm, tuple(fixed))
+    return Method(algorithm, tuple(fixed), called or None)
 
 
 def _some(values: Sequence[Any]) -> Sequence[Any]:
@@ -167,6 +179,8 @@ _SMALL_TRANSFORMER = (
     *("--batch-size", "8", "--max-steps", "384", "--eval-every", "384"),
     *("--lr-warmup-epochs", "0.005", "--sample", "0"),
 )
+# Tested sixteen times, so that there are curves.
+_SMALL_TRANSFORMER_CURVES = (*_SMALL_TRANSFORMER, "--eval-every", "24")
 _ROUNDED = ("", "compression=int8", "compression=int4", "compression=int4-without-feedback")
 
 
@@ -287,5 +301,23 @@ GRIDS = {
         seeds=(0, 1, 2),
         workers=2,
         options=_SMALL_TRANSFORMER,
+    ),
+    # Loss against seconds and megabytes on a slow link; for recipes/language.py and --link.
+    "merging": Grid(
+        algorithms=(
+            "ddp",
+            "blocking=diloco:outer_momentum=0.5",
+            "replaced=diloco:outer_momentum=0.5,delay=tau/2",
+            "blended=diloco:outer_momentum=0.5,delay=tau/2,alpha=0.5",
+            "carried=diloco:outer_momentum=0.5,delay=tau/2,merge=carry",
+            "streaming=diloco:outer_momentum=0.5,delay=tau/4,fragments=4,alpha=0.5",
+            "int8=diloco:outer_momentum=0.5,delay=tau/2,alpha=0.5,compression=int8",
+            "int4=diloco:outer_momentum=0.5,delay=tau/2,alpha=0.5,compression=int4",
+        ),
+        tau=(16,),
+        partitions=("iid",),
+        seeds=(0, 1, 2),
+        workers=2,
+        options=_SMALL_TRANSFORMER_CURVES,
     ),
 }

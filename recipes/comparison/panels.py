@@ -11,8 +11,8 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
-from comparison.grid import Method
 from comparison.results import CellResult
 from comparison.style import FONT_SIZE, Look
 
@@ -25,6 +25,9 @@ _DPI = 200
 _LEGEND_ROW = 0.18
 # Ratio of an axis' ends from which only powers of ten are written.
 _MANY_TICKS = 60
+# Ratio up to which three ticks at 1, 2, 5, 10, ... may not fall between the ends.
+_SHORT = 4
+_SHORT_TICKS = 5
 
 
 @dataclass(frozen=True)
@@ -92,18 +95,23 @@ def label_axes(axes: Sequence[Sequence[Axes]], x: str, y: str | None) -> None:
 
 
 def log_ticks(axis: Axis) -> None:
-    """Ticks of a logarithmic axis at 1, 2, 5, 10, ..., or where that is too many at 1, 10, ..."""
+    """Ticks of a logarithmic axis at 1, 2, 5, 10, ..., or where that is too many at 1, 10, ...
+
+    Between two of these an axis would be bare: a short one is divided evenly.
+    """
     low, high = axis.get_view_interval()
     multiples = (1, 2, 5) if high / low < _MANY_TICKS else (1,)
     nice = [multiple * 10.0**power for power in range(-9, 10) for multiple in multiples]
+    if high / low < _SHORT:
+        nice = list(MaxNLocator(_SHORT_TICKS).tick_values(low, high))
     axis.set_ticks([tick for tick in nice if low <= tick <= high])
     axis.set_ticks([], minor=True)
     axis.set_major_formatter("{x:g}")
 
 
-def legend_of_lines(figure: Figure, looks: Mapping[Method, Look], columns: int) -> None:
-    """Every method's line, below the panels."""
-    handles = [Line2D([], [], label=method.label, **look.line()) for method, look in looks.items()]
+def legend_of_lines(figure: Figure, looks: Mapping[str, Look], columns: int) -> None:
+    """Every label's line, below the panels."""
+    handles = [Line2D([], [], label=label, **look.line()) for label, look in looks.items()]
     figure.legend(
         handles=handles,
         loc="outside lower center",

@@ -108,7 +108,7 @@ def draw_curves(
                 row[0].set_xscale("log")
                 log_ticks(row[0].xaxis)
         label_axes(axes, axis.label, _LOSS if metric.endswith("loss") else _ACCURACY)
-        legend_of_lines(figure, style, columns)
+        legend_of_lines(figure, _labelled(style), columns)
         save(figure, path)
 
 
@@ -117,6 +117,10 @@ def _legend_columns(style: Looks, *, one_panel: bool) -> int:
     columns = 2 if one_panel else 4
     longest = max(len(method.label) for method in style)
     return columns if longest <= _LETTERS else columns // 2
+
+
+def _labelled(style: Looks) -> dict[str, Look]:
+    return {method.label: look for method, look in style.items()}
 
 
 def _curves(axes: Axes, panel: Panel, style: Looks, metric: str, axis: Axis) -> None:
@@ -261,7 +265,7 @@ def _draw_quality_over(
                 _quality(panel, quality, own, list(places), look, shift)
             panel.set_xticks(range(len(places)), list(places.values()))
         label_axes(axes, label, quality.heading)
-        legend_of_lines(figure, style, columns)
+        legend_of_lines(figure, _labelled(style), columns)
         save(figure, path)
 
 

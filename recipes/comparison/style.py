@@ -63,10 +63,14 @@ _DARKER = 0.55
 def looks(methods: Iterable[Method]) -> dict[Method, Look]:
     """A look for each method; a second one of the same algorithm has hollow markers, dashed.
 
-    Each further pair of them is darker, with markers of its own.
+    Each further pair of them is darker, with markers of its own. Methods that have names are mostly
+    variants of one algorithm, and have the looks of all algorithms in turn.
     """
     found: dict[Method, Look] = {}
     for method in dict.fromkeys(methods):
+        if method.name is not None:
+            found[method] = _next_look(sum(other.name is not None for other in found))
+            continue
         color, dashes, marker = _LOOKS[method.algorithm]
         variant = sum(other.algorithm == method.algorithm for other in found)
         if variant:
@@ -75,6 +79,15 @@ def looks(methods: Iterable[Method]) -> dict[Method, Look]:
             marker = _VARIANT_MARKERS[(variant // 2 - 1) % len(_VARIANT_MARKERS)]
         found[method] = Look(_darker(color, variant // 2), dashes, marker, hollow=variant % 2 == 1)
     return found
+
+
+def _next_look(number: int) -> Look:
+    """Look ``number`` of those that are not black; dashed and hollow where they begin again."""
+    colored = [look for look in _LOOKS.values() if look[0] != "#000000"]
+    again, place = divmod(number, len(colored))
+    color, dashes, marker = colored[place]
+    dashes = _VARIANT_DASHES[again % len(_VARIANT_DASHES)] if again else dashes
+    return Look(_darker(color, again), dashes, marker, hollow=again % 2 == 1)
 
 
 def _darker(color: str, times: int) -> str:

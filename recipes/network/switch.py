@@ -1,11 +1,12 @@
 """Ranks on a switch: a veth pair from each rank's namespace to a bridge, shaped where it leaves."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from network.namespace import Namespace, run
 
-__all__ = ["INTERFACE", "Port", "build_switch", "sent_bytes"]
+__all__ = ["INTERFACE", "Port", "build_switch", "change_rate", "sent_bytes"]
 
 # The name of every rank's interface, in its own namespace.
 INTERFACE = "link0"
@@ -41,6 +42,19 @@ def build_switch(ranks: int, rate: str | None) -> list[Port]:
     run("ip", "link", "add", _BRIDGE, "type", "bridge")
     run("ip", "link", "set", _BRIDGE, "up")
     return [_connect(rank, rate) for rank in range(ranks)]
+
+
+def change_rate(ports: Sequence[Port], rate: str) -> None:
+    """Let every rank send at another rate from now on; only where there is a limit already.
+
+    The queues stay, with what waits in them and the bytes that they have counted.
+
+    Raises:
+        RuntimeError: ``tc`` does not understand the rate.
+    """
+    for port in ports:
+        with port.namespace.entered():
+            run("tc", "qdisc", "change", "dev", INTERFACE, "root", *_queue(rate))
 
 
 def sent_bytes(interface: str = INTERFACE) -> int:

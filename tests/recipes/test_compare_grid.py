@@ -22,9 +22,19 @@ def test_an_algorithm_with_hyper_parameters() -> None:
     ]
 
 
+def test_a_method_may_have_a_name() -> None:
+    method = parse_method("late=diloco:delay=tau/2,merge=carry")
+    assert method.label == "late"
+    assert method.spelled == "diloco delay=tau/2 merge=carry"
+    assert method.arguments() == ["--algorithm", "diloco", "--delay", "tau/2", "--merge", "carry"]
+    assert parse_method("late=ddp") == Method("ddp", (), "late")
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("=easgd", "write a name as late=easgd"),
+        ("late=sgd", "'sgd' is no algorithm"),
         ("sgd", "'sgd' is no algorithm; there are ddp,"),
         ("easgd:", "write hyper-parameters as easgd:alpha"),
         ("easgd:alpha", "write hyper-parameters as"),
@@ -94,7 +104,7 @@ def test_the_papers_table() -> None:
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_the_recipe_takes_every_named_grid(name: str, tmp_path: Path) -> None:
-    recipe = RECIPES / "language.py" if name == "merges" else VISION
+    recipe = VISION if "--model" in GRIDS[name].options else RECIPES / "language.py"
     planned = plan(GRIDS[name], tmp_path, recipe)
     assert len({run.identity.name for run in planned}) == len(planned)
 

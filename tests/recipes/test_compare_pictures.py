@@ -6,7 +6,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from comparison import pictures
-from comparison.panels import save
+from comparison.grid import parse_method
+from comparison.panels import log_ticks, save
 from comparison.results import CellResult
 from comparison.style import looks
 from tests.recipes.recorded_runs import recorded, result, results
@@ -153,3 +154,20 @@ def test_a_language_models_quality_is_its_bits_per_byte(tmp_path: Path) -> None:
     found = looks([cell.cell.method for cell in cells]).values()
     assert len({(look.dashes, look.marker, look.hollow) for look in found}) == len(merges)
     assert len({(look.marker, look.hollow) for look in found}) == len(merges)
+
+
+def test_methods_with_names_look_like_different_algorithms() -> None:
+    names = ("blocking", "replaced", "blended", "carried", "streaming", "int8", "int4", "eighth")
+    methods = [parse_method(f"{name}=diloco:delay={n}") for n, name in enumerate(names)]
+    found = looks([parse_method("ddp"), *methods]).values()
+    assert len({look.color for look in found}) == len(found)
+    assert len({(look.marker, look.hollow) for look in found}) == len(found)
+
+
+def test_a_short_axis_has_ticks() -> None:
+    axis = Figure().subplots().yaxis
+    axis.axes.set_yscale("log")
+    for low, high in ((2.3, 3.9), (0.011, 0.02), (1.0, 3.0), (2.0, 90.0)):
+        axis.axes.set_ylim(low, high)
+        log_ticks(axis)
+        assert sum(low <= tick <= high for tick in axis.get_ticklocs()) >= 3

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from network.launchers import Place, command_of, environment_of, places
+from network.rates import Change, Course, parse_rates
 from network.sandbox import refusal
 from tests.harness import scaled
 
@@ -254,3 +255,79 @@ def test_machines_have_as_many_ranks_each() -> None:
     ran = link("--ranks", "4", "--per-node", "3", "--", "true")
     assert ran.returncode == 2
     assert "does not divide" in ran.stderr
+
+
+def test_rates_are_read_in_order() -> None:
+    assert parse_rates("200mbit") == ("200mbit", ())
+    first, changes = parse_rates("200mbit,50mbit@60,1gbit@120.5")
+    assert first == "200mbit"
+    assert changes == (Change(60, "50mbit"), Change(120.5, "1gbit"))
+
+
+@pytest.mark.parametrize(
+    ("rate", "reason"),
+    [
+        ("", "does not begin with the rate of the start"),
+        ("50mbit@60", "does not begin with the rate of the start"),
+        ("200mbit,50mbit", "write a change as RATE@SECONDS"),
+        ("200mbit,@60", "write a change as RATE@SECONDS"),
+        ("200mbit,50mbit@soon", "write a change as RATE@SECONDS"),
+        ("200mbit,50mbit@-1", "write a change as RATE@SECONDS"),
+        ("200mbit,50mbit@inf", "write a change as RATE@SECONDS"),
+        ("200mbit,50mbit@60,1gbit@60", "in the order in which they happen"),
+        ("200mbit,unshaped@60", "cannot be unshaped"),
+        ("unshaped,50mbit@60", "cannot be unshaped"),
+    ],
+)
+def test_rates_that_cannot_be_read(rate: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_rates(rate)
+
+
+def test_a_rate_that_cannot_be_read_is_refused_before_anything_runs() -> None:
+    done = link("--rate", "200mbit,50mbit", "--", "echo", "started")
+    assert done.returncode == 2
+    assert (done.stdout, "RATE@SECONDS" in done.stderr) == ("", True)
+    assert "Traceback" not in done.stderr
+
+
+def test_every_change_is_made_once() -> None:
+    made: list[Change] = []
+    changes = [Change(1e-9, "50mbit"), Change(2e-9, "1gbit"), Change(3600, "10mbit")]
+    course = Course(changes, made.append)
+    for _ in range(3):
+        course.keep_up()
+    assert made == changes[:2]
+
+
+# Ends when every rank sees the last rate at its own interface, which the timeout waits for.
+UNTIL_1GBIT = "until tc qdisc show dev link0 | grep -q 'rate 1Gbit'; do sleep 0.05; done"
+
+
+@shapes
+def test_the_rate_changes_while_the_ranks_run() -> None:
+    done = link("--rate", "200mbit,50mbit@3600", "--", "tc", "qdisc", "show", "dev", "link0")
+    assert done.returncode == 0, done.stderr
+    assert "rate 200Mbit" in done.stdout
+    done = link("--rate", "200mbit,50mbit@0.1,1gbit@0.2", "--", "sh", "-c", UNTIL_1GBIT)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.index("50mbit from now on") < done.stderr.index("1gbit from now on")
+
+
+@shapes
+def test_no_byte_is_forgotten_when_the_rate_changes(tmp_path: Path) -> None:
+    report = tmp_path / "link.json"
+    # Sending takes at least a second, and the change falls into it or comes before it.
+    rate = ("--rate", "16mbit,15mbit@0.5")
+    done = link(*rate, "--json", str(report), "--", sys.executable, "-c", SEND)
+    assert done.returncode == 0, done.stderr
+    assert "15mbit from now on" in done.stderr
+    assert 1.04 < json.loads(report.read_text())["bytes_sent"][0] / 2e6 < 1.15
+
+
+@shapes
+def test_a_later_rate_that_is_unknown_is_reported_at_once() -> None:
+    done = link("--rate", "200mbit,fast@3600", "--", "echo", "started")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "fast" in done.stderr
+    assert "Traceback" not in done.stderr
