@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from benchmark.contenders import contenders
+from benchmark.following import follow
 from benchmark.micro import boundaries, overheads, shared_boundaries
 from benchmark.race import Race, race
 from benchmark.slow_worker import SlowWorker, slow_worker
@@ -28,6 +29,8 @@ def measurements(task: dict[str, Any]) -> Iterator[dict[str, Any]]:
     elif kind == "slow":
         plan = SlowWorker(**{**fields, "only": tuple(fields["only"])})
         yield from slow_worker(plan, contenders())
+    elif kind == "following":
+        yield from follow(**fields)
     elif kind == "overheads":
         yield from overheads(**fields)
     elif kind == "shared":
