@@ -5,7 +5,7 @@
 Four workers train on a pretend accelerator. In the first case the steps of one take twice as long;
 in the second it stops now and then; in the third each worker stops, one after the other. Printed
 is what the others wait: their time, less what they take without communication. The links are not
-shaped, so that nothing is waited for but workers. Takes about six minutes.
+shaped, so that nothing is waited for but workers. Takes about seven minutes.
 """
 
 import shlex

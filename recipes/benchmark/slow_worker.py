@@ -1,7 +1,7 @@
 """How long the other workers wait where one is slow, or stops now and then: the ranks' part."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -20,6 +20,7 @@ Case = Literal["slower", "stopped", "in-turn"]
 ``in-turn``: now one worker pauses, now another."""
 CASES: tuple[Case, ...] = get_args(Case)
 _SLOWER = 2
+_BASELINE_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,14 @@ class SlowWorker:
 
 
 def slow_worker(plan: SlowWorker, contenders: list[Contender]) -> Iterator[dict[str, Any]]:
-    """One record a contender, no communication first: every rank's seconds for all timed steps."""
+    """One record a turn: every rank's seconds for all timed steps.
+
+    A contender has one turn; no communication has several, in the course of the whole.
+    """
     by_name = {contender.name: contender for contender in contenders}
     # The first steps of a process find cold caches and memory that it does not have yet.
     _seconds(plan, by_name[BASELINE], warmup=1, steps=plan.tau)
-    for name in (BASELINE, *plan.only):
+    for name in _turns(plan.only):
         seconds = _seconds(plan, by_name[name], warmup=plan.warmup, steps=plan.steps)
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, seconds)
@@ -66,6 +70,15 @@ def slow_worker(plan: SlowWorker, contenders: list[Contender]) -> Iterator[dict[
             "steps": plan.steps,
             "seconds": ranks,
         }
+
+
+def _turns(names: Sequence[str]) -> Iterator[str]:
+    """The contenders, and no communication at both ends and between."""
+    for number, name in enumerate(names):
+        if number % _BASELINE_EVERY == 0:
+            yield BASELINE
+        yield name
+    yield BASELINE
 
 
 def _seconds(plan: SlowWorker, contender: Contender, *, warmup: int, steps: int) -> float:
