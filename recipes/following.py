@@ -75,7 +75,10 @@ def rows(plan: Following, name: str, records: Sequence[StepRecord]) -> list[list
 def draw(plan: Following, runs: dict[str, Sequence[StepRecord]], path: Path) -> None:
     """Tau and the waiting time of both runs against time."""
     with canvas(1, 2, height=2.0, legend_rows=1) as (figure, axes):
-        looks = {"auto": ("#0072B2", "-"), "fixed": ("#E69F00", "--")}
+        looks = {
+            "auto": {"color": "#0072B2", "linestyle": "-"},
+            "fixed": {"color": "#E69F00", "linestyle": "--"},
+        }
         for name, records in runs.items():
             seconds = [record.seconds for record in records]
             color, dashes = looks[name]
