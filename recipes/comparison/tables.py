@@ -72,7 +72,7 @@ _Table = tuple[str, list[str], list[list[str]]]
 def terminal_tables(results: Sequence[CellResult], title: str) -> list[Table]:
     """Tables for the terminal."""
     tables = []
-    for heading, head, rows in _tables(results):
+    for heading, head, rows in _tables(results, narrow=True):
         table = Table(
             title=f"{title}: {heading}",
             title_justify="left",
@@ -99,7 +99,7 @@ def markdown(results: Sequence[CellResult], *, command: str, details: str) -> st
     return "\n\n".join(parts) + "\n"
 
 
-def _tables(results: Sequence[CellResult]) -> list[_Table]:
+def _tables(results: Sequence[CellResult], *, narrow: bool = False) -> list[_Table]:
     """First how good the models are, side by side, and then all figures, for every partition."""
     quality = quality_of(results)
     partitions = list(dict.fromkeys(result.cell.partition for result in results))
@@ -109,7 +109,7 @@ def _tables(results: Sequence[CellResult]) -> list[_Table]:
         tables += [_over_tau(quality, partition, share) for partition, share in shares.items()]
     if sweeps_rates(results):
         tables += [_over_lr(quality, partition, share) for partition, share in shares.items()]
-    return tables + [_figures(quality, partition, share) for partition, share in shares.items()]
+    return tables + [_figures(quality, p, share, narrow=narrow) for p, share in shares.items()]
 
 
 def quality_of(results: Sequence[CellResult]) -> Measure:
@@ -130,8 +130,11 @@ def _over_tau(quality: Measure, partition: str, results: Sequence[CellResult]) -
         for tau in sorted({result.cell.tau or 0 for result in results})
     }
 
+    # Of what was run at its best learning rate alone, the table of all figures has that.
+    left_out = ("tau", "partition") if sweeps_rates(results) else ("tau", "partition", "lr")
+
     def place(cell: Cell) -> tuple[str, float]:
-        return cell.name("tau", "partition"), cell.tau or 0
+        return cell.name(*left_out), cell.tau or 0
 
     return _side_by_side(quality, partition, results, columns, place)
 
@@ -162,7 +165,9 @@ def _side_by_side(
     return f"{quality.heading}, {partition}", ["", *columns.values()], rows
 
 
-def _figures(quality: Measure, partition: str, results: Sequence[CellResult]) -> _Table:
+def _figures(
+    quality: Measure, partition: str, results: Sequence[CellResult], *, narrow: bool
+) -> _Table:
     """One row a cell."""
     figures = [quality, *(figure for figure in _OTHERS if figure.name != quality.name)]
     head = ["", "tau", "lr", *(figure.heading for figure in figures), "seeds"]
@@ -176,7 +181,7 @@ def _figures(quality: Measure, partition: str, results: Sequence[CellResult]) ->
         ]
         for result in results
     ]
-    if quality.name == "accuracy":
+    if quality.name == "accuracy" and not narrow:
         head = [*head, f"sent until {_GOOD:.0%} (MB)"]
         for row, result in zip(rows, results, strict=True):
             sent = result.reached("eval/accuracy", _GOOD, AXES["megabytes"])

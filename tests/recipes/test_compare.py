@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 # The second is the run that other tests look at as well, launched by itself.
 ALGORITHMS = ("ddp", "overlap-local-sgd:beta=0.5")
-PICTURES = {"loss-steps", "loss-seconds", "accuracy-megabytes", "exposed"}
+PICTURES = {"loss-steps", "loss-seconds", "loss-megabytes", "accuracy-megabytes", "exposed"}
 
 
 TINY_GRID = ("--algorithms", *ALGORITHMS, "--tau", "4", "--seeds", "0")

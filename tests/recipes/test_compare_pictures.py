@@ -12,8 +12,12 @@ from comparison.results import CellResult
 from comparison.style import looks
 from tests.recipes.recorded_runs import recorded, result, results
 
-NAMES = ["accuracy-megabytes", "accuracy-tau", "exposed", "loss-seconds", "loss-steps"]
+NAMES = [
+    *("accuracy-megabytes", "accuracy-tau", "exposed"),
+    *("loss-megabytes", "loss-seconds", "loss-steps"),
+]
 LABELS = {
+    "loss-megabytes": ("sent by each worker (MB)", "test loss (nats)"),
     "loss-steps": ("optimizer steps", "test loss (nats)"),
     "loss-seconds": ("training time (s)", "test loss (nats)"),
     "accuracy-megabytes": ("sent by each worker (MB)", "test accuracy (%)"),
@@ -119,7 +123,7 @@ def test_pictures_of_what_was_not_measured_are_left_out(tmp_path: Path) -> None:
     run = recorded(counted=False)
     run.history = [{k: v for k, v in item.items() if "accuracy" not in k} for item in run.history]
     figures = draw([result("ddp", None, [run])], tmp_path)
-    assert sorted(figures) == ["loss-seconds", "loss-steps"]
+    assert sorted(figures) == ["loss-megabytes", "loss-seconds", "loss-steps"]
 
 
 def test_several_learning_rates_make_a_picture_for_each_tau(tmp_path: Path) -> None:

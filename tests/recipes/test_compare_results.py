@@ -5,7 +5,7 @@ import math
 import pytest
 from rich.console import Console
 
-from comparison.results import AXES, CellResult, Spread, spread
+from comparison.results import AXES, CellResult, Spread, best_rates, spread, sweeps_rates
 from comparison.tables import markdown, terminal_tables
 from tests.recipes.recorded_runs import recorded, result, results
 
@@ -61,6 +61,34 @@ def test_plain_ddp_sends_the_same_at_every_step() -> None:
     assert cell.curve("eval/accuracy", AXES["megabytes"]).x == [2.25, 4.5]
 
 
+def test_what_is_sent_until_a_model_is_good() -> None:
+    """The mean over seeds of the first evaluation that is good enough, if all of them have one."""
+    good = recorded(accuracy=0.96)
+    early = recorded(accuracy=0.96)
+    early.history[1]["eval/accuracy"] = 0.95
+    cell = result("easgd", 8, [good, early])
+    assert cell.reached("eval/accuracy", 0.95, AXES["megabytes"]) == spread([4.5, 1.5])
+    assert "| 2 | 3.0 |" in page([cell])
+    cell = result("easgd", 8, [good, recorded()])
+    assert cell.reached("eval/accuracy", 0.95, AXES["megabytes"]) is None
+    assert "| 2 | never |" in page([cell])
+
+
+def test_the_best_learning_rate_is_the_one_with_the_least_loss() -> None:
+    cells = []
+    for lr, loss in ((0.1, 0.5), (0.2, 0.4), (0.4, None)):
+        run = recorded()
+        run.summary["final/loss"] = loss
+        cells.append(result("easgd", 8, [run], lr=lr))
+    assert sweeps_rates(cells)
+    assert [cell.lr for cell in best_rates(cells)] == [0.2]
+    others = [result("easgd", 24, [recorded()], lr=0.1), result("ddp", None, [recorded()], lr=0.4)]
+    assert [cell.lr for cell in best_rates([*cells, *others])] == [0.2, 0.1, 0.4]
+    assert not sweeps_rates([cells[1], *others])
+    lines = page([cells[1], *others]).splitlines()
+    assert "| easgd | | 90.0 | 90.0 |".replace("| |", "|  |") in lines
+
+
 def test_nothing_sent_has_no_place_on_a_logarithmic_axis() -> None:
     early = recorded()
     early.history = [{**record, "comm/bytes_reduced": 0} for record in early.history[:2]]
@@ -72,11 +100,11 @@ def test_nothing_sent_has_no_place_on_a_logarithmic_axis() -> None:
 def test_markdown_has_every_figure_with_its_spread() -> None:
     found = page(results((8,), non_iid=False))
     # 0.9 and 0.94 for DDP; 0.8 and 0.9 for the others.
-    ddp = "| ddp | - | 92.0±2.8 | 0.500±0.000 | 0.250±0.000 | 10.0±0.0 | - | - | 4.5 | 2 |"
+    ddp = "| ddp | - | 92.0±2.8 | 0.500±0.000 | 0.250±0.000 | 10.0±0.0 | - | - | 4.5 | 2 | never |"
     easgd = "| easgd | 8 | 85.0±7.1 | 0.500±0.000 | 0.250±0.000 | 10.0±0.0 "
     assert ddp in found.splitlines()
     assert easgd in found
-    assert "| 0.50±0.00 | 1.50±0.00 | 4.5 | 2 |" in found
+    assert "| 0.50±0.00 | 1.50±0.00 | 4.5 | 2 | never |" in found
     assert "`the command`" in found
     assert "the details" in found
     # One tau is nothing to spread over columns.
