@@ -104,7 +104,7 @@ def network(symptom: Symptom) -> nn.Module:
     )
 
 
-def run(symptom: Symptom) -> Found:
+def run(symptom: Symptom, steps: int) -> Found:
     """Train over all ranks."""
     rank = dist.get_rank()
     images = load_images("digits")
@@ -118,7 +118,7 @@ def run(symptom: Symptom) -> Found:
     state.register(model, optimizer)
     draw = torch.Generator().manual_seed(rank)
     rounds: list[commhooks.Stats] = []
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         picked = share[torch.randint(len(share), (BATCH,), generator=draw).numpy()]
         x, y = _stacked([images.train[int(index)] for index in picked])
         if symptom.broken == "labels" and rank == WORKERS - 1:
@@ -126,7 +126,7 @@ def run(symptom: Symptom) -> Found:
         nn.functional.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
-        if step > STEPS // 2 and step % symptom.tau == 0:
+        if step > steps // 2 and step % symptom.tau == 0:
             rounds.append(state.stats)
     test = _stacked([images.test[index] for index in range(360)])
     own = [0.0] * WORKERS
@@ -157,18 +157,26 @@ def _accuracy(model: nn.Module, test: tuple[Tensor, Tensor]) -> float:
     return float(right)
 
 
-def _work(rank: int, folder: str) -> None:
+def _work(rank: int, folder: str, symptoms: Sequence[Symptom], steps: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORKERS
     )
-    found = [asdict(run(symptom)) for symptom in SYMPTOMS]
+    found = [asdict(run(symptom, steps)) for symptom in symptoms]
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def _table(found: Sequence[Found]) -> str:
+def run_all(symptoms: Sequence[Symptom], steps: int = STEPS) -> list[Found]:
+    """Run all of them in processes of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        spawn(_work, (folder, symptoms, steps), nprocs=WORKERS)  # type: ignore[no-untyped-call]
+        return [Found(**each) for each in json.loads(Path(folder, "found.json").read_text())]
+
+
+def table_of(symptoms: Sequence[Symptom], found: Sequence[Found]) -> str:
+    """A line for each."""
     head = ["", "accuracy (%)", "workers' own", "relative drift", "agreement", "distances"]
     rows = [
         [
@@ -179,7 +187,7 @@ def _table(found: Sequence[Found]) -> str:
             f"{each.agreement:.2f}",
             " ".join(f"{distance:.2g}" for distance in each.distances),
         ]
-        for symptom, each in zip(SYMPTOMS, found, strict=True)
+        for symptom, each in zip(symptoms, found, strict=True)
     ]
     return markdown_table(head, rows)
 
@@ -191,10 +199,7 @@ def main() -> None:
     )
     parser.add_argument("--docs", type=Path, help="folder to write the table to, as Markdown")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(_work, (folder,), nprocs=WORKERS)  # type: ignore[no-untyped-call]
-        found = [Found(**each) for each in json.loads(Path(folder, "found.json").read_text())]
-    table = _table(found)
+    table = table_of(SYMPTOMS, run_all(SYMPTOMS))
     print(table)
     if options.docs is not None:
         options.docs.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -28,10 +27,9 @@ from commhooks.engine.network.links import Links
 from commhooks.engine.network.report import Report
 from commhooks.engine.network.roll_call import RollCall
 from commhooks.engine.network.wires import piece_numel, wire_for
-from commhooks.engine.pace import Pace
+from commhooks.engine.progress import Progress
 from commhooks.engine.rounds.consensus import Consensus, enter
 from commhooks.engine.rounds.drift_table import drift_table
-from commhooks.engine.rounds.findings import seen_together
 from commhooks.engine.rounds.fragment import Fragment
 from commhooks.engine.rounds.round import Round
 from commhooks.engine.rounds.schedule import Cycle, Schedule
@@ -43,8 +41,8 @@ from commhooks.engine.vectors.buckets import build_buckets
 from commhooks.engine.vectors.buffers import Buffer
 from commhooks.engine.vectors.devices import Moment
 from commhooks.engine.vectors.fragments import partition
-from commhooks.errors import CheckpointError, HyperParameterError, RegistrationError, RoundError
-from commhooks.periods import chosen, hides
+from commhooks.errors import CheckpointError, RegistrationError, RoundError
+from commhooks.periods import hides
 from commhooks.stats import Stats
 
 if TYPE_CHECKING:
@@ -53,6 +51,10 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 logger = logging.getLogger("commhooks")
+
+# A bucket's second shot can start when its first one has ended. With a few buckets a link would be
+# idle, or have to gain speed again, between the shots of one and the next.
+_PIPELINED = 8
 
 
 _outside_inference_mode = torch.inference_mode(mode=False)
@@ -141,6 +143,7 @@ class Engine:
         dealt = [[mine[name] for name in part] for part in parts]
         # A sharded model is shared out already.
         shares = (1, 0) if self._sharded else (layout.size, layout.place)
+        cap = cap_bytes / _PIPELINED if compressed else cap_bytes
         # Of these alone, since what holds the engine would close a cycle.
         make_wire = partial(
             wire_for,
@@ -151,7 +154,7 @@ class Engine:
         self._fragments = [
             Fragment(
                 part,
-                build_buckets(part, cap_bytes, *shares, cuttable=rules.elementwise),
+                build_buckets(part, cap, *shares, cuttable=rules.elementwise),
                 Schedule(rules.delay),
                 make_wire,
                 1 if compressed else layout.m,
@@ -159,7 +162,6 @@ class Engine:
             for part in dealt
         ]
         self._cycle = Cycle([each.schedule for each in self._fragments], first_tau)
-        self._pace = Pace()
         self._advice = Advice(
             self,
             type(rules).__name__,
@@ -168,7 +170,14 @@ class Engine:
             adapts=hides(rules.tau),
             speaks=self.speaks,
         )
-        self._first_loss: float | None = None
+        self._progress = Progress(
+            self._fragments,
+            self._cycle,
+            self._meter,
+            self._call,
+            self._advice,
+            shared=self.links.island is not None,
+        )
         self._sharing: Sharing | None = None
         if self.links.island is not None and not self._sharded:
             self._sharing = Sharing(self.links, self._call, self._fragments)
@@ -366,13 +375,13 @@ class Engine:
             with uninterrupted():
                 if launching:
                     if landing:
-                        self._landed(fragment)
+                        self._progress.landed(fragment, self._rules, self.steps.step)
                     self._launch(fragment, mix_first=landing)
                     launched.append(fragment)
                 else:
                     self._mix(fragment)
                     schedule.landed()
-                    self._landed(fragment)
+                    self._progress.landed(fragment, self._rules, self.steps.step)
 
     def drain(self) -> None:
         """Wait for what is in flight, and its chained updates. It is mixed in when it lands.
@@ -401,8 +410,7 @@ class Engine:
             if cause is not None:
                 self._call.fail(cause, finished.number)
             fragment.found(finished, self.layout.islands)
-            if finished.number == 1 and fragment.newest_findings is not None:
-                self._first_loss = fragment.newest_findings.loss
+            self._progress.arrived(fragment, finished.number)
             self._idle()
             self._meter.rounds_used += 1
             self._meter.communication(
@@ -546,29 +554,7 @@ class Engine:
     def stats(self) -> Stats:
         """The counters now."""
         self._gradients.settle()
-        meter = self._meter
-        meter.settle(wait=True)
-        hidden, arrived = meter.seconds_hidden, 0
-        square = 0.0
-        for fragment in self._fragments:
-            if fragment.round is not None and fragment.round.done:
-                # Whenever it is waited for, it was hidden until now.
-                arrived += 1
-                hidden += max(0.0, fragment.round.arrived.seconds_since(fragment.round.launched))
-            if fragment.squared_distance is not None:
-                square += fragment.squared_distance.read().item()
-        return Stats(
-            step=self.steps.step,
-            rounds_launched=meter.rounds_launched,
-            rounds_completed=meter.rounds_used + arrived,
-            bytes_reduced=meter.bytes_reduced,
-            seconds_exposed=meter.seconds_exposed,
-            seconds_hidden=hidden,
-            consensus_distance=math.sqrt(square),
-            tau=self._cycle.tau,
-            first_loss=self._first_loss,
-            **seen_together(fragment.newest_findings for fragment in self._fragments),
-        )
+        return self._progress.stats(self.steps.step)
 
     @_outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
@@ -585,7 +571,7 @@ class Engine:
         return {
             "schedule": asdict(self.steps),
             "cycle": self._cycle.state_dict(),
-            "losses": {**self._pace.state_dict(), "first": self._first_loss},
+            "losses": self._progress.state_dict(),
             "meter": asdict(self._meter),
             "started": self._started,
             "drifted": self._drifted,
@@ -646,8 +632,7 @@ class Engine:
         self._drifted = saved["drifted"]
         self.disabled = saved["disabled"]
         self._cycle.load_state_dict(saved["cycle"])
-        self._pace.load_state_dict(saved["losses"])
-        self._first_loss = saved["losses"]["first"]
+        self._progress.load_state_dict(saved["losses"])
         for name, value in saved["schedule"].items():
             setattr(self.steps, name, value)
         for name, value in saved["meter"].items():
@@ -740,8 +725,7 @@ class Engine:
 
     def _count_step(self, *, local: bool) -> None:
         self.steps.step += 1
-        self._pace.step(self._meter.seconds_exposed)
-        self._advice.stepped(local=local)
+        self._progress.stepped(local=local)
         # On every rank at once, whose optimizer may skip the step, since it decides what
         # averaged() sends; and for good, since optimizers keep what they saw of local gradients.
         self._drifted |= local
@@ -769,7 +753,7 @@ class Engine:
                 names = ("mix", "contribute") if mix_first else ("contribute",)
                 probes = fragment.sweep(self._rules, *names)
                 probes += fragment.encode()
-                report = self._report(fragment)
+                report = self._progress.report(fragment, self._rates().values())
             except RegistrationError as error:
                 # A parameter is not what it was. The other ranks must be told.
                 refusal = str(error)
@@ -795,46 +779,6 @@ class Engine:
         if mix_first and self._sharing is not None and self._sharing.all_can(fragment, refusal):
             self._sharing.put_together(fragment, self._rules)
         # Else nobody in the island is mixed, and the round ends in an error on every rank.
-
-    def _report(self, fragment: Fragment) -> Report:
-        """What this rank tells the others with a round."""
-        report = fragment.report(shared=self.links.island is not None)
-        report.step_seconds = self._pace.step_seconds
-        report.seconds_exposed = self._meter.seconds_exposed
-        report.seconds_hidden = self._meter.seconds_hidden
-        report.loss, report.losses = self._pace.loss, float(self._pace.losses)
-        self._pace.forget_losses()
-        report.rates = tuple(self._rates().values())
-        return report
-
-    def _landed(self, fragment: Fragment) -> None:
-        """Look at what all ranks know alike; let the period choose how long the next cycle is.
-
-        Raises:
-            RoundError: it chose something that is no number of steps.
-        """
-        fragment.landed()
-        found, rules = fragment.findings, self._rules
-        if found is None:
-            return
-        stats = Stats(
-            step=self.steps.step,
-            rounds_launched=self._meter.rounds_launched,
-            rounds_completed=self._meter.rounds_launched,
-            seconds_exposed=found.seconds_exposed,
-            seconds_hidden=found.seconds_hidden,
-            tau=self._cycle.next_tau,
-            first_loss=self._first_loss,
-            **seen_together(each.findings for each in self._fragments),
-        )
-        self._advice.landed(stats)
-        if isinstance(rules.tau, int):
-            return
-        try:
-            tau = chosen(rules.tau, self.steps.step, tuple(found.rates), stats)
-        except HyperParameterError as error:
-            self._call.fail(str(error))
-        self._cycle.adopt(tau)
 
     @_outside_inference_mode
     def drift(self) -> DriftTable:
@@ -867,7 +811,7 @@ class Engine:
 
     def observe(self, loss: float | Tensor) -> None:
         """The user tells the loss of a step."""
-        self._pace.observe(loss)
+        self._progress.observe(loss)
 
     def _mix(self, fragment: Fragment) -> None:
         self._reshard()

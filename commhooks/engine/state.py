@@ -102,7 +102,8 @@ class CommHookState(Rules, Joinable):
         warmup_steps: steps during which gradients are averaged as in plain DDP, before the local
             steps begin (post-local SGD; Lin et al., ICLR 2020).
         bucket_cap_mb: size of an all-reduce's bucket, in MiB, counted in the format that
-            parameters are averaged in.
+            parameters are averaged in. Compressed rounds have buckets of an eighth of it, so that
+            the second shots of some are in flight along with the first ones of others.
         average_buffers: names, as in ``module.named_buffers()``, or shell patterns of names of
             buffers that are averaged in the consensus model, besides the running mean and variance
             of normalisation layers. All others are the first rank's there.
