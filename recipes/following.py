@@ -81,13 +81,7 @@ def draw(plan: Following, runs: dict[str, Sequence[StepRecord]], path: Path) -> 
         }
         for name, records in runs.items():
             seconds = [record.seconds for record in records]
-            color, dashes = looks[name]
-            style: dict[str, Any] = {
-                "color": color,
-                "linestyle": dashes,
-                "linewidth": 1.1,
-                "label": name,
-            }
+            style: dict[str, Any] = {**looks[name], "linewidth": 1.1, "label": name}
             axes[0][0].plot(seconds, [record.tau for record in records], **style)
             axes[0][1].plot(seconds, [record.exposed for record in records], **style)
         axes[0][0].set_yscale("log", base=2)

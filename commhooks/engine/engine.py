@@ -264,7 +264,7 @@ class Engine:
         sharing = None if averaging or not self._started else self._sharing
         ready = sharing.ready() if first and sharing is not None else 0
         gradient = self._gradients.average(
-            bucket, first=first, last=last, everywhere=averaging, ready=ready
+            bucket, gradient, first=first, last=last, everywhere=averaging, ready=ready
         )
         if self._call.failed and (averaging or self.links.island is not None):
             return gradient

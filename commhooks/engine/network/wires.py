@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -146,8 +147,6 @@ class CompressedWire:
         self.r = None if differences else torch.zeros_like(self.e)
         limit = chunk_numel(device) or 2 * piece
         step = max(1, min(blocks, limit // 2 // BLOCK))
-        # Of the training thread, and of the backend's, which may work at the same time.
-        rooms = torch.zeros(2, step * BLOCK, dtype=dtype, device=device)
 
         def coded(rows: Tensor, row: int, first: int, last: int) -> _Coded:
             return _Coded(rows[row], dtype, scales, codec, first, last)
@@ -157,10 +156,9 @@ class CompressedWire:
         for first in range(0, blocks, step):
             last = min(first + step, blocks)
             begin, end = first * BLOCK, last * BLOCK
-            ours, theirs = rooms[:, : end - begin].view(2, -1, BLOCK)
             received = [coded(self._received, row, first, last) for row in range(m)]
             mine = coded(self._mine, 0, first, last)
-            self._owned.append((self.E[begin:end].view(-1, BLOCK), theirs, received, mine))
+            self._owned.append((self.E[begin:end].view(-1, BLOCK), received, mine))
             for owner in range(m):
                 start, stop = owner * piece + begin, min(owner * piece + end, numel)
                 if start < stop:
@@ -169,8 +167,6 @@ class CompressedWire:
                             vector[start:stop],
                             None if self.r is None else self.r[start:stop],
                             residuals[start : owner * piece + end].view(-1, BLOCK),
-                            ours,
-                            theirs,
                             coded(self._sent, owner, first, last),
                             coded(self._gathered, owner, first, last),
                         )
@@ -188,7 +184,7 @@ class CompressedWire:
                 d = chunk.e.view(-1)[: len(chunk.vector)].add_(chunk.vector)
                 if chunk.r is not None:
                     d.sub_(chunk.r)
-                chunk.sent.write(chunk.e, chunk.ours)
+                chunk.sent.write(chunk.e, _room_like(chunk.e))
             return [finiteness(self._sent_scales if self._codec.scaled else self.e)]
 
     def launch(self) -> torch.futures.Future[Any]:
@@ -205,7 +201,8 @@ class CompressedWire:
         """Runs on the backend's thread when all pieces have come."""
         received.value()
         with torch.no_grad(), record_function("commhooks::sum"):
-            for residual, t, pieces, mine in self._owned:
+            for residual, pieces, mine in self._owned:
+                t = _room_like(residual)
                 for piece in pieces:
                     piece.read(t)
                     residual.add_(t, alpha=1.0 / self._forth.size)
@@ -217,13 +214,33 @@ class CompressedWire:
         gathered.value()
         with torch.no_grad(), record_function("commhooks::decode"):
             for chunk in self._chunks:
-                chunk.gathered.read(chunk.theirs)
-                q = chunk.theirs.view(-1)[: len(chunk.vector)]
+                t = _room_like(chunk.e)
+                chunk.gathered.read(t)
+                q = t.view(-1)[: len(chunk.vector)]
                 if chunk.r is None:
                     chunk.vector.copy_(q)
                 else:
                     chunk.vector.copy_(chunk.r.add_(q))
         return self._gathered
+
+
+class _Rooms(threading.local):
+    """Room to compute a chunk in; every thread has its own, for all wires."""
+
+    def __init__(self) -> None:
+        self.of: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+_rooms = _Rooms()
+
+
+def _room_like(blocks: Tensor) -> Tensor:
+    """Room of the shape of ``blocks``, which the next call gives again."""
+    kind = blocks.dtype, blocks.device
+    room = _rooms.of.get(kind)
+    if room is None or room.numel() < blocks.numel():
+        room = _rooms.of[kind] = torch.empty(blocks.numel(), dtype=kind[0], device=kind[1])
+    return room[: blocks.numel()].view(blocks.shape)
 
 
 class _Coded:
@@ -247,12 +264,10 @@ class _Coded:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A cache-sized stretch of the vector, what goes with it, and room to compute in."""
+    """A cache-sized stretch of the vector, and what goes with it."""
 
     vector: Tensor
     r: Tensor | None
     e: Tensor
-    ours: Tensor
-    theirs: Tensor
     sent: _Coded
     gathered: _Coded

@@ -37,8 +37,9 @@ class Drift:
         stride: k.
 
     Attributes:
-        apart: parts of ||x - z||^2.
-        moved: parts of ||c - z||^2.
+        length: ||z||^2 at the last launch.
+        apart: ||x - z||^2.
+        moved: ||c - z||^2.
     """
 
     def __init__(self, bucket: Bucket, reference: str, *, differences: bool, stride: int) -> None:
@@ -47,42 +48,48 @@ class Drift:
         self._differences = differences
         self._stride = stride
         length = -(-bucket.length // stride)
-        self._z, self._difference = torch.zeros(2, length, dtype=bucket.dtype, device=bucket.device)
-        self.apart: list[Tensor] = []
-        self.moved: list[Tensor] = []
-        self._at = 0
+        self._z, self._x = torch.zeros(2, length, dtype=bucket.dtype, device=bucket.device)
+        self.length = self.apart = self.moved = torch.zeros(())
+        # Of every chunk, itself, its numbers that are looked at, and where they are copied to.
+        self._picked: list[tuple[Gathered, Tensor, Tensor]] = []
+        self._chunk = self._at = 0
 
-    def begin(self) -> Tensor:
-        """A launch begins; ||z||^2."""
-        self.apart, self.moved, self._at = [], [], 0
-        self._z.copy_(self._bucket.vectors[self._reference][:: self._stride])
-        return squared_norm(self._z)
+    def begin(self) -> None:
+        """A launch begins."""
+        self._chunk = self._at = 0
+        self._z.copy_(self._picked_of(self._reference))
 
     def before(self, chunk: Gathered) -> None:
         """A chunk's parameters before the rules; chunks come in the order of the bucket."""
-        self.apart.append(self._square(chunk.x, self._z))
+        number, self._chunk = self._chunk, self._chunk + 1
+        begin, self._at = self._at, self._at + len(chunk.x)
+        # The bucket makes new chunks where parameters have moved.
+        if number == len(self._picked) or self._picked[number][0] is not chunk:
+            first = -(-begin // self._stride)
+            numbers = chunk.x[first * self._stride - begin :: self._stride]
+            room = self._x[first : first + len(numbers)]
+            self._picked[number:] = [(chunk, numbers, room)]
+        _, numbers, room = self._picked[number]
+        room.copy_(numbers)
 
-    def after(self, chunk: Gathered) -> None:
-        """What the rules have made of the chunk."""
-        z = None if self._differences else self._z
-        self.moved.append(self._square(chunk.vectors["wire"], z))
-        self._at += len(chunk.x)
+    def end(self, divisor: int) -> None:
+        """The rules have been applied.
+
+        Args:
+            divisor: what they contribute has been divided by it.
+        """
+        self.length = squared_norm(self._z)
+        self.apart = squared_norm(self._x.sub_(self._z))
+        torch.mul(self._picked_of("wire"), divisor, out=self._x)
+        self.moved = self._move()
 
     def together(self) -> HostCopy:
         """||mean c - z||^2, once the wire holds the mean. Runs on the backend's thread."""
-        mean = self._bucket.vectors["wire"][:: self._stride]
-        if self._differences:
-            self._difference.copy_(mean)
-        else:
-            torch.sub(mean, self._z, out=self._difference)
-        return HostCopy(squared_norm(self._difference))
+        self._x.copy_(self._picked_of("wire"))
+        return HostCopy(self._move())
 
-    def _square(self, numbers: Tensor, z: Tensor | None) -> Tensor:
-        begin = -(-self._at // self._stride)
-        picked = numbers[begin * self._stride - self._at :: self._stride]
-        difference = self._difference[: len(picked)]
-        if z is None:
-            difference.copy_(picked)
-        else:
-            torch.sub(picked, z[begin : begin + len(picked)], out=difference)
-        return squared_norm(difference)
+    def _move(self) -> Tensor:
+        return squared_norm(self._x if self._differences else self._x.sub_(self._z))
+
+    def _picked_of(self, name: str) -> Tensor:
+        return self._bucket.vectors[name][:: self._stride]

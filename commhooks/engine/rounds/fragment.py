@@ -76,7 +76,6 @@ class Fragment:
         self.findings: Findings | None = None
         self._newer: Findings | None = None
         self.round_seconds = 0.0
-        self._lengths: list[Tensor] = []
         self._moved_before: float | Tensor = 0.0
         self._together_before = 0.0
         self._stride = stride_for(sum(bucket.length for bucket in self.buckets))
@@ -313,11 +312,10 @@ class Fragment:
         dividing = launching and self._divisor > 1
         probes: list[Tensor] = []
         squares: list[Tensor] = []
-        lengths: list[Tensor] = []
         with torch.no_grad(), record_function(f"commhooks::{'+'.join(names)}"):
             for bucket, drift in zip(self.buckets, self.drifts, strict=True):
                 if launching:
-                    lengths.append(drift.begin())
+                    drift.begin()
                 for chunk in bucket.gathered():
                     x, vectors = chunk.x, chunk.vectors
                     probes.append(finiteness(x))
@@ -331,8 +329,6 @@ class Fragment:
                             _mix_copy(rules, weight, chunk)
                         else:
                             getattr(rules, name)(x=x, **vectors)
-                    if launching:
-                        drift.after(chunk)
                     if dividing:
                         # Divided before the sum, which then overflows where the mean does.
                         vectors["wire"].mul_(1.0 / self._divisor)
@@ -340,10 +336,10 @@ class Fragment:
                         chunk.write_back()
                     elif mixing and chunk.common is not None and weight is None:
                         chunk.common.copy_(x)
+                if launching:
+                    drift.end(self._divisor)
             if mixing:
                 self.squared_distance = HostCopy(total(squares, self.device))
-            if launching:
-                self._lengths = lengths
         return probes
 
     def report(self, *, shared: bool) -> Report:
@@ -358,9 +354,9 @@ class Fragment:
             return total(parts, self.device) * self._stride
 
         report = Report(
-            apart=squared([square for drift in self.drifts for square in drift.apart]),
-            length=squared(self._lengths),
-            moved=squared([square for drift in self.drifts for square in drift.moved]),
+            apart=squared([drift.apart for drift in self.drifts]),
+            length=squared([drift.length for drift in self.drifts]),
+            moved=squared([drift.moved for drift in self.drifts]),
             round_seconds=self.round_seconds,
         )
         if shared:

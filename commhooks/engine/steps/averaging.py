@@ -11,7 +11,7 @@ from torch import Tensor
 
 from commhooks.engine.guards.refused_backward import after_backward, raise_after_backward
 from commhooks.engine.meter import Meter
-from commhooks.engine.network.communicator import done, open_communicator
+from commhooks.engine.network.communicator import open_communicator
 from commhooks.engine.network.gradients import GradientAverager
 from commhooks.engine.network.links import Links
 from commhooks.engine.network.roll_call import RollCall
@@ -64,7 +64,14 @@ class StepAverager:
         return self._everywhere
 
     def average(
-        self, bucket: GradBucket, *, first: bool, last: bool, everywhere: bool, ready: int = 0
+        self,
+        bucket: GradBucket,
+        gradient: torch.futures.Future[Tensor],
+        *,
+        first: bool,
+        last: bool,
+        everywhere: bool,
+        ready: int = 0,
     ) -> torch.futures.Future[Tensor]:
         """Average a bucket of a DDP model over all ranks, or inside the island if there is one.
 
@@ -72,12 +79,12 @@ class StepAverager:
 
         Args:
             bucket: the gradients.
+            gradient: what to give back where they are not averaged.
             first: whether it is the first of its backward.
             last: whether it is the last.
             everywhere: whether over all ranks.
             ready: what the ranks agree on the least of, with the first bucket.
         """
-        gradient = done(bucket.buffer())
         averager = self.open() if everywhere else self._inside
         if averager is None:
             return gradient
