@@ -155,7 +155,7 @@ class Engine:
             Fragment(
                 part,
                 build_buckets(part, cap, *shares, cuttable=rules.elementwise),
-                Schedule(rules.delay),
+                Schedule(None if rules.overlapped else rules.delay),
                 make_wire,
                 1 if compressed else layout.m,
             )
@@ -166,7 +166,7 @@ class Engine:
             self,
             type(rules).__name__,
             self._call,
-            rules.delay,
+            None if rules.overlapped else rules.delay,
             adapts=hides(rules.tau),
             speaks=self.speaks,
         )

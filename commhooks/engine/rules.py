@@ -89,9 +89,9 @@ class Rules:
         return True
 
     @property
-    def delay(self) -> int | None:
-        """Steps from a launch to its landing, 0 (blocking) to tau; None for the next launch."""
-        return None if self.overlapped else 0
+    def delay(self) -> Any:
+        """Steps from a round's launch to its landing: 0 (blocking) to ``tau``, as it was given."""
+        return self.tau if self.overlapped else 0
 
     @property
     def vectors(self) -> tuple[str, ...]:

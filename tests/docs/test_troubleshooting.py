@@ -18,7 +18,13 @@ FOREIGN = {
     "Timed out waiting ...",
 }
 # Mistakes in calls of the checkpoint classes and the planner, whose messages say all there is.
-SELF_EVIDENT = {"keep must be", "is no rate", "is not above 0"}
+SELF_EVIDENT = {
+    "keep must be",
+    "is no rate",
+    "is not above 0",
+    "is not 1 or more",
+    "is no function",
+}
 
 
 def text_of(node: ast.AST | None) -> str | None:

@@ -219,7 +219,9 @@ def test_a_new_optimizer_is_taken_in_with_a_warning() -> None:
             ranks = next(runs)
             check(case, [steps for steps, _ in ranks], "new optimizer")
             for _, texts in ranks:
-                assert len([text for text in texts if "SGD" in text]) == number, texts
+                assert (
+                    len([text for text in texts if " SGD updates parameters" in text]) == number
+                ), texts
 
 
 def of_the_weights(model: nn.Module) -> Sequence[Optimizer]:
