@@ -26,7 +26,7 @@ def test_a_stretch_is_told_by_where_it_ends() -> None:
         *((10.0, 9, 4, 0.2), (12.0, 9, 5, 0.8), (14.0, 30, 6, 1.0), (19.0, 30, 7, 1.1)),
     )
     assert following.rows(plan, "auto", course) == [
-        ["auto", "200mbit", "9", "1", "1.2%"],
+        ["auto", "200mbit", "9", "0", "1.2%"],
         ["auto", "50mbit", "30", "2", "10.0%"],
         ["auto", "all of it", "", "", "6.1%"],
     ]
