@@ -9,14 +9,12 @@ a step, a boundary, memory, and draws the profile of two rounds. Takes about hal
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -31,6 +29,7 @@ from benchmark.picture import draw
 from benchmark.results import Cell, Line, lines, medians
 from benchmark.tables import boundary_table, overhead_table, race_table, shared_table
 from benchmark.timeline import draw_timeline
+from common.entry import enter
 from network import sandbox
 
 
@@ -265,14 +264,5 @@ def main() -> int:
     return 0
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    # An exception, so that the ranks are ended too.
-    raise SystemExit(128 + number)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _leave)
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    enter(main)

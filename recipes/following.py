@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 
 from benchmark.following import StepRecord
 from benchmark.measurer import Measurer
+from common.entry import enter
 from common.markdown import machine, markdown_table
 from comparison.panels import canvas, label_axes, save
 from network import sandbox
@@ -145,4 +146,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    enter(main)

@@ -10,13 +10,11 @@ shaped, so that nothing is waited for but workers. Takes about seven minutes.
 
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import tyro
@@ -26,6 +24,7 @@ from benchmark.contenders import DELAYED, STREAMING
 from benchmark.measurer import Measurer
 from benchmark.slow_worker import CASES, Case, SlowWorker
 from benchmark.waiting import TITLES, Waiting, draw_waiting, waiting_of, waiting_table
+from common.entry import enter
 from common.markdown import machine
 from common.report import write_json
 from network import sandbox
@@ -143,14 +142,5 @@ def main() -> int:
     return 0
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    # An exception, so that the ranks are ended too.
-    raise SystemExit(128 + number)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _leave)
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    enter(main)

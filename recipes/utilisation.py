@@ -12,14 +12,12 @@ again, so that a run goes on where it was interrupted. All of it takes about 25 
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import tyro
@@ -29,6 +27,7 @@ from benchmark.contenders import TORCHFT_DELAYED, skipped
 from benchmark.measurer import Measurer
 from benchmark.utilisation import CONTENDERS, Point, Points, Setting, gaps, measure, table
 from benchmark.utilisation_picture import draw_utilisation
+from common.entry import enter
 from common.markdown import machine
 from network import sandbox
 
@@ -160,14 +159,5 @@ def main() -> int:
     return 0
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    # An exception, so that the ranks are ended too.
-    raise SystemExit(128 + number)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _leave)
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    enter(main)

@@ -126,7 +126,7 @@ class Advice:
                 "exposed",
                 f"communication is not hidden: a round takes {stats.round_seconds:.3g} s, and the "
                 f"{steps} steps that should hide it take {cover:.3g} s. A {name} of {needed} would "
-                'hide it, or compression="int8"; tau="auto" finds tau by itself.',
+                'hide it, or fewer bits a number (compression); tau="auto" finds tau by itself.',
             )
         else:
             self._say(

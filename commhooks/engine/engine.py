@@ -806,7 +806,7 @@ class Engine:
                 table = drift_table(buckets, self._rules.reference, self._names, self.links)
             except RuntimeError as error:
                 self._call.fail(f"drift(): {error}")
-            self.links.idle()
+            self._idle()
         return table
 
     def observe(self, loss: float | Tensor) -> None:

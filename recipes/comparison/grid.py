@@ -174,6 +174,11 @@ def _some(values: Sequence[Any]) -> Sequence[Any]:
 
 
 _SMALL = ("--model", "small-cnn", "--epochs", "10")
+# The methods of Wang, Liang & Joshi 2020, and what they are held against.
+_PAPER = (
+    *("ddp", "local-sgd", "overlap-local-sgd:beta=0", "overlap-local-sgd:beta=0.7"),
+    *("easgd", "cocod-sgd", "bmuf"),
+)
 _SMALL_TRANSFORMER = (
     *("--layers", "1", "--width", "64", "--heads", "2", "--context", "64"),
     *("--batch-size", "8", "--max-steps", "384", "--eval-every", "384"),
@@ -190,17 +195,7 @@ def _rounded(method: str) -> tuple[str, ...]:
 
 
 _TUNED = Grid(
-    algorithms=(
-        "ddp",
-        "local-sgd",
-        "overlap-local-sgd:beta=0",
-        "overlap-local-sgd:beta=0.7",
-        "easgd",
-        "cocod-sgd",
-        "bmuf",
-        "slowmo",
-        "diloco:outer_momentum=0.5",
-    ),
+    algorithms=(*_PAPER, "slowmo", "diloco:outer_momentum=0.5"),
     tau=(1, 2, 8, 24),
     partitions=("iid", "major-class"),
     seeds=(0, 1, 2, 3, 4),
@@ -222,15 +217,7 @@ GRIDS = {
     ),
     # The table of Wang, Liang & Joshi 2020, on what a laptop has.
     "paper-small": Grid(
-        algorithms=(
-            "ddp",
-            "local-sgd",
-            "overlap-local-sgd:beta=0",
-            "overlap-local-sgd:beta=0.7",
-            "easgd",
-            "cocod-sgd",
-            "bmuf",
-        ),
+        algorithms=_PAPER,
         tau=(1, 2, 8, 24),
         partitions=("iid", "major-class"),
         seeds=(0, 1, 2),
@@ -248,15 +235,7 @@ GRIDS = {
     ),
     # Which learning rate suits which algorithm, on a short run.
     "learning-rates": Grid(
-        algorithms=(
-            "ddp",
-            "local-sgd",
-            "overlap-local-sgd:beta=0",
-            "overlap-local-sgd:beta=0.7",
-            "easgd",
-            "cocod-sgd",
-            "bmuf",
-        ),
+        algorithms=_PAPER,
         tau=(8,),
         partitions=("iid",),
         seeds=(0, 1, 2),

@@ -1,7 +1,7 @@
 """Pins relative drift and agreement against their definition, from every worker's parameters."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -133,41 +133,49 @@ def test_every_k_th_number_is_enough(numel: int) -> None:
     assert (k == 1) == (numel <= 2**16)
 
 
-def tables(cases: Sequence[Case]) -> list[tuple[Tensor, commhooks.drift.DriftTable, str]]:
-    """This rank's parameters when it asks for the table, and the table."""
-    found = []
-    for case in cases:
-        model = wrapped(case.model(case.dtype))
-        optimizers = case.optimizers(model)
-        state = make_state(case)
-        attach(state, model, optimizers)
-        for step in range(1, TAU + 3):
-            case.backward(model, dist.get_rank(), step)
-            optimizers[0].step()
-            optimizers[0].zero_grad()
-        table = state.drift()
-        found.append((flat(trained(model)), table, str(table)))
-        assert len(table) == len(list(model.parameters()))
-    return found
+class Table(NamedTuple):
+    """Of one rank: its parameters at the last boundary and when it asks, and what it is told."""
+
+    z: list[Tensor]
+    x: list[Tensor]
+    rows: commhooks.drift.DriftTable
+    text: str
+
+
+def table(case: Case) -> Table:
+    model = wrapped(case.model(case.dtype))
+    optimizers = case.optimizers(model)
+    state = make_state(case)
+    attach(state, model, optimizers)
+    at_boundary: list[Tensor] = []
+    for step in range(1, TAU + 3):
+        case.backward(model, dist.get_rank(), step)
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        if step == TAU:
+            at_boundary = [p.detach().clone() for p in model.parameters()]
+    rows = state.drift()
+    return Table(at_boundary, [p.detach() for p in model.parameters()], rows, str(rows))
 
 
 @pytest.mark.parametrize(("m", "island"), [(1, 1), (2, 1), (3, 1), (4, 2)])
 def test_table_of_parameters(m: int, island: int) -> None:
-    """Of Local SGD, whose last mean all workers have after tau steps."""
-    ranks = run_ranks(tables, m, [case_of("LocalSGD", island=island)])
-    x = torch.stack([rank[0][0] for rank in ranks])[::island]
-    table = ranks[0][0][1]
-    assert all(rank[0][1] == table for rank in ranks)
-    assert list(table) == sorted(table, key=lambda row: -row.relative_drift)
-    sizes = {"module.0.weight": 35, "module.0.bias": 7, "module.2.weight": 21, "module.2.bias": 3}
-    assert {row.name for row in table} <= {*sizes, *(n.removeprefix("module.") for n in sizes)}
-    for row in table:
-        assert row.distance == pytest.approx(row.relative_drift * row.norm)
-        assert 0 <= row.agreement <= 1
-    assert ranks[0][0][2].splitlines()[1].startswith(table[0].name)
-    # ||x_i - z||^2 is the spread of the x_i plus the move of their mean.
-    spread = (x - x.mean(0)).square().sum(1).mean().item()
-    total = sum(row.distance**2 for row in table)
-    together = sum((row.distance**2) for row in table) - spread
-    assert total >= spread - 1e-12
-    assert together >= -1e-12
+    """Of Local SGD, whose workers have the same model right after a boundary."""
+    ranks = run_ranks(table, m, case_of("LocalSGD", island=island))
+    rows = ranks[0].rows
+    assert all(rank.rows == rows for rank in ranks)
+    assert list(rows) == sorted(rows, key=lambda row: -row.relative_drift)
+    assert ranks[0].text.splitlines()[1].startswith(rows[0].name)
+    names = [name for name, _ in case_of("LocalSGD").model(torch.float64).named_parameters()]
+    assert sorted(row.name for row in rows) == sorted(names)
+    told = {row.name: row for row in rows}
+    for name, z, *x in zip(names, ranks[0].z, *(rank.x for rank in ranks[::island]), strict=True):
+        moves = torch.stack(x) - z
+        norms = moves.flatten(1).norm(dim=1)
+        distance = norms.square().mean().sqrt().item()
+        row = told[name]
+        assert row.norm == pytest.approx(z.norm().item(), rel=1e-9)
+        assert row.distance == pytest.approx(distance, rel=1e-9)
+        assert row.relative_drift == pytest.approx(distance / z.norm().item(), rel=1e-9)
+        together = (moves.mean(0).norm() / norms.mean()).item()
+        assert row.agreement == pytest.approx(together, rel=1e-9)
