@@ -81,7 +81,7 @@ def check_values(
     """Refuse a checkpoint that is damaged or of another model, before any of it is used.
 
     Args:
-        saved: what :meth:`Engine.state_dict` gave.
+        saved: what :meth:`Saving.state_dict` gave.
         fragments: those of this run.
         vectors: names of the vectors that will be used; None if none will.
         rules: the algorithm.

@@ -6,7 +6,6 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from commhooks.drift import DriftTable
 from commhooks.engine.advice import Advice
-from commhooks.engine.checkpoint import check_values
 from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.guards.refused_backward import raise_after_backward
 from commhooks.engine.meter import Meter
@@ -26,7 +24,7 @@ from commhooks.engine.network.islands import Layout
 from commhooks.engine.network.links import Links
 from commhooks.engine.network.report import Report
 from commhooks.engine.network.roll_call import RollCall
-from commhooks.engine.network.wires import piece_numel, wire_for
+from commhooks.engine.network.wires import wire_for
 from commhooks.engine.progress import Progress
 from commhooks.engine.rounds.consensus import Consensus, enter
 from commhooks.engine.rounds.drift_table import drift_table
@@ -35,13 +33,15 @@ from commhooks.engine.rounds.round import Round
 from commhooks.engine.rounds.schedule import Cycle, Schedule
 from commhooks.engine.rounds.sharing import Sharing
 from commhooks.engine.rules import Rules, weight_in_background
+from commhooks.engine.saving import Saving, Standing
 from commhooks.engine.steps.averaging import StepAverager
 from commhooks.engine.steps.backward import Backwards
+from commhooks.engine.steps.optimizers import OptimizerWatch
 from commhooks.engine.vectors.buckets import build_buckets
 from commhooks.engine.vectors.buffers import Buffer
 from commhooks.engine.vectors.devices import Moment
 from commhooks.engine.vectors.fragments import partition
-from commhooks.errors import CheckpointError, RegistrationError, RoundError
+from commhooks.errors import RegistrationError, RoundError
 from commhooks.periods import hides
 from commhooks.stats import Stats
 
@@ -59,19 +59,6 @@ _PIPELINED = 8
 
 _outside_inference_mode = torch.inference_mode(mode=False)
 """For what is called around evaluations: a tensor made in inference mode cannot be trained with."""
-
-
-@dataclass
-class Steps:
-    """Steps of one rank.
-
-    Attributes:
-        step: DDP backwards with gradient sync on, so far.
-        origin: the step after which the local steps begin.
-    """
-
-    step: int
-    origin: int
 
 
 class Engine:
@@ -123,8 +110,7 @@ class Engine:
             background=not self._sharded and weight_in_background(rules) is not None,
         )
         self._sending: deque[Round] = deque()
-        steps = self.steps = Steps(step=0, origin=warmup_steps)
-        self.disabled = False
+        standing = self._standing = Standing(step=0, origin=warmup_steps)
         self._meter = Meter()
         alive = weakref.ref(self)
 
@@ -133,7 +119,7 @@ class Engine:
             return engine is not None and not engine.averages_gradients
 
         self._call = RollCall(
-            type(rules).__name__, self.links, self._meter, lambda: steps.step, in_island
+            type(rules).__name__, self.links, self._meter, lambda: standing.step, in_island
         )
         self._backwards = Backwards(parameters.values(), static_graph=static_graph)
         # By their whole sizes, so that all ranks deal them out alike.
@@ -178,6 +164,9 @@ class Engine:
             self._advice,
             shared=self.links.island is not None,
         )
+        self.saving = Saving(
+            standing, self._fragments, self._cycle, self._progress, self._meter, self.links
+        )
         self._sharing: Sharing | None = None
         if self.links.island is not None and not self._sharded:
             self._sharing = Sharing(self.links, self._call, self._fragments)
@@ -189,11 +178,9 @@ class Engine:
         )
         if rules.synchronous or warmup_steps:
             self._gradients.open()
-        self._started = False
-        self._drifted = False
         self._consensus: Consensus | None = None
         self._block: object = None
-        self._shadowed = False
+        self._shadows = False
         self._finished_at = self._finish_cut_short_at = -1
         self._overwritten = False
         self._gradients_averaged_for = -1
@@ -208,17 +195,17 @@ class Engine:
     @property
     def step(self) -> int:
         """Steps so far."""
-        return self.steps.step
+        return self._standing.step
 
     @property
     def averages_gradients(self) -> bool:
         """Whether the step under way averages gradients, as plain DDP does."""
-        return self.averages_gradients_for_good or self.steps.step < self.steps.origin
+        return self.averages_gradients_for_good or self._standing.step < self._standing.origin
 
     @property
     def averages_gradients_for_good(self) -> bool:
         """Whether parameters are never averaged any more."""
-        return self.disabled or self._rules.synchronous
+        return self._standing.disabled or self._rules.synchronous
 
     @property
     def boundary_due(self) -> bool:
@@ -231,7 +218,7 @@ class Engine:
         if self.averages_gradients_for_good:
             return None
         first = min(self._fragments, key=lambda fragment: fragment.schedule.next)
-        return first if first.schedule.next <= self.steps.step else None
+        return first if first.schedule.next <= self._standing.step else None
 
     def read_rates_from(self, read: Callable[[], Mapping[int, float]]) -> None:
         """Ask this method for learning rates; whoever has it holds this engine."""
@@ -261,27 +248,31 @@ class Engine:
                 )
             return gradient
         averaging = self.averages_gradients
-        sharing = None if averaging or not self._started else self._sharing
-        ready = sharing.ready() if first and sharing is not None else 0
+        sharing = None if averaging else self._sharing
+        word = 0
+        if first and sharing is not None:
+            word = sharing.word(started=self._standing.started, trains=not self._shadows)
         gradient = self._gradients.average(
-            bucket, gradient, first=first, last=last, everywhere=averaging, ready=ready
+            bucket, gradient, first=first, last=last, everywhere=averaging, word=word
         )
         if self._call.failed and (averaging or self.links.island is not None):
             return gradient
         if last:
             try:
                 if sharing is not None:
-                    sharing.gather(self._rules, self._gradients.agreed)
-                if not averaging and not self._started:
+                    sharing.heed(self._rules, self._gradients.told)
+                if not averaging and not self._standing.started:
                     # Now, since what comes next may be an optimizer already in its step, whose
                     # closure this backward is part of.
                     self._start_together()
+                shadows, self._shadows = self._shadows, False
+                if not shadows or sharing is not None:
+                    self._count_step(local=not averaging)
+                if shadows and sharing is not None:
+                    # The other ranks of the island have one when their optimizers have stepped.
+                    self.at_boundary()
             except RoundError as error:
                 raise_after_backward(error)
-                return gradient
-            if not self._shadowed:
-                self._count_step(local=not averaging)
-            self._shadowed = False
         return gradient
 
     def before_forward(self, model: nn.Module) -> None:
@@ -314,10 +305,10 @@ class Engine:
         self.refuse_inside_averaged("optimizer.step()")
         self._call.raise_if_failed()
         if not self.averages_gradients:
-            if not self._started:
+            if not self._standing.started:
                 self._start_together()
             return
-        if self._gradients_averaged_for == self.steps.step:
+        if self._gradients_averaged_for == self._standing.step:
             return
         if closure:
             raise RegistrationError(
@@ -325,7 +316,7 @@ class Engine:
                 "should have been averaged; compute them before it, or use warmup_steps=0."
             )
         self._gradients.average_now(gradients)
-        self._gradients_averaged_for = self.steps.step
+        self._gradients_averaged_for = self._standing.step
 
     def after_update(self) -> None:
         """All optimizers have updated a sharded model, or were skipped: a step ends."""
@@ -337,19 +328,29 @@ class Engine:
         The others have collectives of DDP to get through before they wait for a round of this
         step, so it is waited for at the next one: these parameters do not change in between.
 
-        While gradients are averaged, DDP's own shadowing calls the hook and so counts the step.
+        While gradients are averaged, everywhere or in an island, DDP's own shadowing calls the
+        hook, which counts the step.
 
         Raises:
             RoundError: a round failed.
         """
-        if not self.averages_gradients:
+        if self.averages_gradients:
+            return
+        self._shadows = True
+        if self._sharing is None:
             self._count_step(local=True)
-            self._shadowed = True
             self.at_boundary(wait=False)
 
-    def end_shadowing(self) -> None:
-        """Every rank is out of batches."""
-        self._shadowed = False
+    def end_shadowing(self, optimizers: OptimizerWatch) -> None:
+        """Every rank is out of batches.
+
+        Raises:
+            RoundError: a round failed, or a rank of the island is gone.
+        """
+        self._call.raise_if_failed()
+        self._shadows = False
+        if self._sharing is not None:
+            self._sharing.end_together(optimizers)
 
     def at_boundary(self, *, wait: bool = True) -> None:
         """Do what is due: use the rounds that land, and launch the next ones.
@@ -365,8 +366,10 @@ class Engine:
         while (fragment := self._due) is not None:
             if not wait and fragment in launched and fragment.schedule.landing is not None:
                 return
-            if not self._started:
+            if not self._standing.started:
                 self._start_together()
+            if self._sharing is not None:
+                self._sharing.follow([fragment])
             schedule = fragment.schedule
             # The earlier of the two, where a loop has missed several.
             landing, launching = (at == schedule.next for at in (schedule.landing, schedule.launch))
@@ -375,13 +378,13 @@ class Engine:
             with uninterrupted():
                 if launching:
                     if landing:
-                        self._progress.landed(fragment, self._rules, self.steps.step)
+                        self._progress.landed(fragment, self._rules, self._standing.step)
                     self._launch(fragment, mix_first=landing)
                     launched.append(fragment)
                 else:
                     self._mix(fragment)
                     schedule.landed()
-                    self._progress.landed(fragment, self._rules, self.steps.step)
+                    self._progress.landed(fragment, self._rules, self._standing.step)
 
     def drain(self) -> None:
         """Wait for what is in flight, and its chained updates. It is mixed in when it lands.
@@ -448,7 +451,7 @@ class Engine:
             self.at_boundary()
             self.drain()
             # Before the first local step the parameters are the same on every rank, bit for bit.
-            drifted = self._fragments if self._drifted else ()
+            drifted = self._fragments if self._standing.drifted else ()
             buckets = [bucket for fragment in drifted for bucket in fragment.buckets]
             self._reshard()
             refusal = self._check()
@@ -471,7 +474,7 @@ class Engine:
             RoundError: a round failed, or the averaging did; the models are as they were.
         """
         self.refuse_inside_averaged(what)
-        if what == "finish()" and self._finish_cut_short_at == self.steps.step:
+        if what == "finish()" and self._finish_cut_short_at == self._standing.step:
             # The other ranks are through with it, and so is this one, but for having said so.
             self._finish_cut_short_at = -1
             return
@@ -483,24 +486,24 @@ class Engine:
                 self._begin_anew()
                 finished = True
         except KeyboardInterrupt:
-            self._finish_cut_short_at = self.steps.step if finished else -1
+            self._finish_cut_short_at = self._standing.step if finished else -1
             raise
 
     def _begin_anew(self) -> None:
         self._overwritten = False
-        self._finished_at = self.steps.step
-        self.steps.origin = max(self.steps.origin, self.steps.step)
-        self._cycle.restart(self.steps.origin)
+        self._finished_at = self._standing.step
+        self._standing.origin = max(self._standing.origin, self._standing.step)
+        self._cycle.restart(self._standing.origin)
         for fragment in self._fragments:
             fragment.drop_gathering()
-        if self._started:
+        if self._standing.started:
             # Here, where all ranks have the same parameters: an optimizer may still have to step.
             self._start()
 
     def disable(self) -> None:
         """Average gradients from the next step on, after :meth:`finish`, and keep no vectors."""
-        self.disabled = True
-        self._started = False
+        self._standing.disabled = True
+        self._standing.started = False
         self._gradients.open()
         for fragment in self._fragments:
             fragment.release()
@@ -536,25 +539,25 @@ class Engine:
         Raises:
             RegistrationError: local steps were made since :meth:`finish`.
         """
-        averaged = not self._drifted or self.averages_gradients_for_good
-        if not self._call.failed and not averaged and self._finished_at != self.steps.step:
+        averaged = not self._standing.drifted or self.averages_gradients_for_good
+        if not self._call.failed and not averaged and self._finished_at != self._standing.step:
             raise RegistrationError(
                 "close() was called while every rank has a model of its own; call finish() first."
             )
 
     def parameters_overwritten(self) -> None:
         """Somebody else than an optimizer is about to write to the parameters."""
-        if self._finished_at == self.steps.step:
-            self._started = False
+        if self._finished_at == self._standing.step:
+            self._standing.started = False
         drawn_back = self._rules.overlapped or bool(self._rules.vectors)
-        self._overwritten = self._started and drawn_back
+        self._overwritten = self._standing.started and drawn_back
 
     # Reports and checkpoints.
 
     def stats(self) -> Stats:
         """The counters now."""
         self._gradients.settle()
-        return self._progress.stats(self.steps.step)
+        return self._progress.stats(self._standing.step)
 
     @_outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
@@ -568,19 +571,7 @@ class Engine:
         self.at_boundary()
         self.drain()
         self._meter.settle(wait=True)
-        return {
-            "schedule": asdict(self.steps),
-            "cycle": self._cycle.state_dict(),
-            "losses": self._progress.state_dict(),
-            "meter": asdict(self._meter),
-            "started": self._started,
-            "drifted": self._drifted,
-            "disabled": self.disabled,
-            "fragments": [
-                fragment.state_dict(self._saved_vectors if self._started else None)
-                for fragment in self._fragments
-            ],
-        }
+        return self.saving.state_dict(self._rules)
 
     def check_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Refuse what :meth:`load_state_dict` could not go on from.
@@ -588,86 +579,22 @@ class Engine:
         Raises:
             CheckpointError: it is damaged, of another model, or of another share of this one.
         """
-        goes_on = saved.get("started") is True and self._goes_on(saved)
-        vectors = self._saved_vectors if goes_on else None
-        pieces = self._piece_sizes if self.same_ranks(saved) else None
-        check_values(saved, self._fragments, vectors, self._rules, pieces)
-        place, size = self.layout.place, self.layout.size
-        other_place = saved["island_size"] == size and saved["place"] != place
-        if saved["started"] and self._rules.portable and other_place:
-            # Other ranks of the island would go on where this one starts anew.
-            raise CheckpointError(
-                f"The dictionary is of a rank at place {saved['place']} of an island of {size}, "
-                f"and this rank is at place {place}, with another share of the model. Load that of "
-                f"a saved rank at place {place}, such as rank {place}'s."
-            )
+        self.saving.check(saved, self._rules)
 
     @_outside_inference_mode
     def load_state_dict(self, saved: Mapping[str, Any]) -> bool:
         """Go on from what :meth:`state_dict` gave and :meth:`check_state_dict` found good.
 
-        Args:
-            saved: what it gave, on this rank or, with another number of workers, on any rank that
-                had the same share of its island's model.
-
         Returns:
-            Whether the vectors go on too. Those that belong to one rank do not fit another number
-            of ranks, nor those of another share; the algorithm then starts anew from the
-            parameters.
+            Whether the vectors go on too, see :meth:`Saving.load`.
 
         Raises:
             RegistrationError: inside ``averaged()``.
         """
         self.refuse_inside_averaged("load_state_dict()")
         self.drain()
-        started = saved["started"] and self._goes_on(saved)
-        same_ranks = self.same_ranks(saved)
-        for fragment, values in zip(self._fragments, saved["fragments"], strict=True):
-            fragment.load_state_dict(values, self._rules if started else None, residuals=same_ranks)
-            # What was in flight is part of the vectors. It lands in models that were in flight with
-            # it, which those of another number of workers are not.
-            if not same_ranks and not (started and self._rules.overlapped):
-                fragment.schedule.landing = None
-        self._started, self._overwritten = started, False
-        self._drifted = saved["drifted"]
-        self.disabled = saved["disabled"]
-        self._cycle.load_state_dict(saved["cycle"])
-        self._progress.load_state_dict(saved["losses"])
-        for name, value in saved["schedule"].items():
-            setattr(self.steps, name, value)
-        for name, value in saved["meter"].items():
-            setattr(self._meter, name, value)
-        return self._started or not saved["started"]
-
-    @property
-    def identity(self) -> dict[str, int]:
-        """Which rank of how many this is."""
-        everyone, layout = self.links.everyone, self.layout
-        return {
-            "world_size": everyone.size,
-            "rank": everyone.rank,
-            "island_size": layout.size,
-            "place": layout.place,
-        }
-
-    def same_ranks(self, saved: Mapping[str, Any]) -> bool:
-        """Whether as many ranks saved, in islands as large."""
-        mine = self.identity
-        return all(saved.get(name) == mine[name] for name in ("world_size", "island_size"))
-
-    def _goes_on(self, saved: Mapping[str, Any]) -> bool:
-        mine = self.identity
-        same_share = all(saved.get(name) == mine[name] for name in ("island_size", "place"))
-        return self.same_ranks(saved) or (same_share and self._rules.portable)
-
-    @property
-    def _saved_vectors(self) -> tuple[str, ...]:
-        """The vectors that mean something between launches and landings."""
-        rules = self._rules
-        return (
-            *rules.vectors,
-            *(("wire",) if rules.overlapped or rules.reference == "wire" else ()),
-        )
+        self._overwritten = False
+        return self.saving.load(saved, self._rules)
 
     # Inside a boundary.
 
@@ -676,14 +603,6 @@ class Engine:
         rules = self._rules_alive()
         assert rules is not None
         return rules
-
-    @property
-    def _piece_sizes(self) -> list[list[int]]:
-        """For every fragment, how long the residual of each bucket's owned piece is."""
-        if self.links.back is None:
-            return [[] for _ in self._fragments]
-        m = self.layout.m
-        return [[piece_numel(b.length, m) for b in each.buckets] for each in self._fragments]
 
     def _start_together(self) -> None:
         """Start where nobody has made sure that all ranks have the same parameters.
@@ -721,14 +640,14 @@ class Engine:
             if self._rules.overlapped:
                 # What `start` has left in the vectors is the first result to land.
                 fragment.schedule.landing = fragment.schedule.launch
-        self._started = True
+        self._standing.started = True
 
     def _count_step(self, *, local: bool) -> None:
-        self.steps.step += 1
+        self._standing.step += 1
         self._progress.stepped(local=local)
         # On every rank at once, whose optimizer may skip the step, since it decides what
         # averaged() sends; and for good, since optimizers keep what they saw of local gradients.
-        self._drifted |= local
+        self._standing.drifted |= local
 
     def _launch(self, fragment: Fragment, *, mix_first: bool) -> None:
         if self._overwritten:
@@ -752,7 +671,6 @@ class Engine:
                 fragment.prepare(self._rules, self._rates)
                 names = ("mix", "contribute") if mix_first else ("contribute",)
                 probes = fragment.sweep(self._rules, *names)
-                probes += fragment.encode()
                 report = self._progress.report(fragment, self._rates().values())
             except RegistrationError as error:
                 # A parameter is not what it was. The other ranks must be told.
@@ -790,7 +708,7 @@ class Engine:
                 take part.
         """
         self.refuse_inside_averaged("drift()")
-        if not self._started:
+        if not self._standing.started:
             raise RegistrationError(
                 "drift() compares the workers' models, which are the same before the first local "
                 "step and under averaged gradients."

@@ -629,18 +629,29 @@ class CommHookState(Rules, Joinable):
         all ranks finish together. The state comes first: ``Join([state, ddp_model])``. Batches
         should not run out during warm-up, where the rank would miss the others' updates.
 
+        An island goes on training until its last rank is out of batches. Those that are out of them
+        add nothing to its gradients, which are still divided by the number of its ranks, and take
+        its parameters at every boundary and, with the states of the optimizers, at the end.
+
         Raises:
-            RegistrationError: not registered yet.
+            RegistrationError: not registered yet; or with islands, the model is not a DDP one, or
+                has ``find_unused_parameters``.
         """
-        if self._registered().layout.size > 1:
-            raise RegistrationError(
-                "Join cannot be used with islands: a rank that is out of batches makes no updates, "
-                "and would no longer hold the parameters of its island. Give the ranks of an "
-                "island the same number of batches, such as with drop_last=True."
-            )
-        model = self.model
+        layout, model = self._registered().layout, self.model
         if model is None:
             raise RegistrationError("Join needs a model, and this state's is gone.")
+        if not isinstance(model, DistributedDataParallel):
+            raise RegistrationError(
+                "Join is for DDP models; a sharded one takes no part in it. Give all ranks the "
+                "same number of batches, such as with drop_last=True."
+            )
+        if layout.size > 1 and model.find_unused_parameters:
+            raise RegistrationError(
+                "Join cannot be used with islands and find_unused_parameters=True, whose bitmap "
+                "the ranks with batches would wait for while the others wait for a round. Use "
+                "static_graph=True where the graph allows, or give all ranks of an island the same "
+                "number of batches."
+            )
         if self._announcements is not None:
             # Of a context that an exception has left.
             self._announcements.remove()
@@ -666,7 +677,8 @@ class CommHookState(Rules, Joinable):
         """Finish with the others at the end of a Join context; called by Join."""
         if self._announcements is not None:
             self._announcements.remove()
-        self._registered().end_shadowing()
+        assert self._optimizers is not None
+        self._registered().end_shadowing(self._optimizers)
         self.finish()
 
     def _announce_step(self, model: DistributedDataParallel, args: object) -> None:
@@ -777,21 +789,21 @@ class CommHookState(Rules, Joinable):
 
     def _check(self, loaded: Mapping[str, Any], engine: Engine) -> None:
         mine = self._identity(engine)
-        if not engine.same_ranks(loaded):
+        if not engine.saving.same_ranks(loaded):
             # Any rank's vectors will do, or none.
-            mine = {k: v for k, v in mine.items() if k not in engine.identity}
+            mine = {k: v for k, v in mine.items() if k not in engine.saving.identity}
         check_identity(loaded, mine)
         engine.check_state_dict(loaded)
 
     def _load(self, loaded: Mapping[str, Any], engine: Engine) -> None:
         kept = engine.load_state_dict(loaded)
-        if not engine.same_ranks(loaded):
+        if not engine.saving.same_ranks(loaded):
             logger.warning(
                 "commhooks: the checkpoint is of %s ranks in islands of %s, this run has %s in "
                 "islands of %s; load the consensus model on every rank. %s",
                 loaded["world_size"],
                 loaded["island_size"],
-                engine.identity["world_size"],
+                engine.saving.identity["world_size"],
                 engine.layout.size,
                 "The anchor goes on."
                 if kept
@@ -802,7 +814,7 @@ class CommHookState(Rules, Joinable):
         return {
             "algorithm": type(self).__name__,
             "hyperparameters": self.hyperparameters(),
-            **engine.identity,
+            **engine.saving.identity,
         }
 
     def _buffers(self) -> list[Buffer]:

@@ -64,7 +64,8 @@ class RecipeConfig(ABC):
             options.pop(name, None)
         options["dataset"] = self.subject[1]
         return options | {
-            name: getattr(self.run, name) for name in ("seed", "mixed_precision", "accumulate")
+            name: getattr(self.run, name)
+            for name in ("seed", "scale_lr", "mixed_precision", "accumulate")
         }
 
     def identity(self, workers: int) -> RunIdentity:
@@ -76,7 +77,7 @@ class RecipeConfig(ABC):
                 method,
                 lr=self.training.lr,
                 seed=run.seed,
-                others=(data.partition, f"{workers}w"),
+                others=(*(["scaled"] if run.scale_lr else []), data.partition, f"{workers}w"),
             ),
             group=run.group or " ".join(self.subject),
             job_type="train",

@@ -87,6 +87,9 @@ class RunOptions:
 
     seed: int = 0
     """Decides the initial weights, the partition and the order of the data."""
+    scale_lr: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Multiply the learning rate, whatever its schedule, by state.lr_factor: --lr is then what is
+    right for DDP."""
     mixed_precision: MixedPrecision = "no"
     """Autocast; fp16 also scales the gradients and needs GPUs."""
     accumulate: int = 1

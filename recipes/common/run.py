@@ -147,7 +147,10 @@ class Run(ABC):
 
     def _prepare(self, data: Data) -> None:
         model, optimizer = self.build(data)
-        scheduler = LambdaLR(optimizer, self.learning_rate_factor)
+        factor = 1.0
+        if self.state is not None and self.config.run.scale_lr:
+            factor = self.state.lr_factor
+        scheduler = LambdaLR(optimizer, lambda step: factor * self.learning_rate_factor(step))
         self.model = model if self.sharded else self.accelerator.prepare(model)
         self.optimizer, self.scheduler, self.test_loader = self.accelerator.prepare(
             optimizer, scheduler, test_loader(data.test)

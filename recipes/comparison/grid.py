@@ -233,6 +233,16 @@ GRIDS = {
         options=_SMALL_TRANSFORMER,
         lr=(0.0005, 0.001, 0.002, 0.004, 0.008),
     ),
+    # What comes of following docs/choosing.md, from learning rates that were chosen for DDP.
+    "newcomer": Grid(
+        algorithms=(*_PAPER[:-1], "slowmo"),
+        tau=(8,),
+        partitions=("iid",),
+        seeds=(0, 1, 2, 3, 4),
+        workers=2,
+        options=(*_SMALL, "--scale-lr"),
+        lr=(0.05, 0.1),
+    ),
     # Which learning rate suits which algorithm, on a short run.
     "learning-rates": Grid(
         algorithms=_PAPER,

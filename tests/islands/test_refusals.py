@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.algorithms.join import Join
 
 import commhooks
 from tests.cases import Case, two_cases
@@ -267,20 +266,3 @@ def test_islands_of_machines_and_of_groups() -> None:
             workers.step(of_ranks.worker_backward)
         for steps in ranks:
             assert_close(of_ranks, steps[-1], workers.consensus, "finish()")
-
-
-def joined(case: Case) -> str:
-    """The refusal of Join, after which training goes on."""
-    trainer = Trainer(case)
-    trainer.step()
-    with pytest.raises(commhooks.RegistrationError) as caught:
-        Join([trainer.state, trainer.model])
-    trainer.step()
-    trainer.state.finish()
-    return str(caught.value)
-
-
-def test_join_is_refused() -> None:
-    for message in run_ranks(joined, 4, Case("LocalSGD", {"tau": 2}, island=2)):
-        assert "Join cannot be used with islands" in message
-        assert "drop_last=True" in message

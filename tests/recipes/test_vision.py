@@ -113,6 +113,22 @@ def test_slowmo_and_an_outer_adamw(tmp_path: Path) -> None:
         assert (results.steps, results.rounds) == (16, 4)
 
 
+def test_a_learning_rate_that_is_right_for_ddp(plain_ddp: Run, tmp_path: Path) -> None:
+    """Scaled, it is the same as to give EASGD's: (m + 1) / m times as much; DDP's factor is 1."""
+    ends = []
+    for name, options in (("scaled", ("0.04", "--scale-lr")), ("given", ("0.06",))):
+        folder = tmp_path / name
+        folder.mkdir()
+        ends.append(train(folder, "easgd", *SHORT, "--tau", "4", "--lr", *options))
+    scaled, given = ends
+    assert scaled.results.loss == pytest.approx(given.results.loss, abs=1e-5)
+    assert "scaled" in scaled.results.name
+    assert "learning rate" not in scaled.printed
+    assert "state.lr_factor" in given.printed
+    ddp = train(tmp_path, "ddp", *SHORT, "--scale-lr").results
+    assert ddp.loss == plain_ddp.results.loss
+
+
 def test_easgd_on_resnet18_with_accumulation_in_bf16(tmp_path: Path) -> None:
     results = train(
         tmp_path,

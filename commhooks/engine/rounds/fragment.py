@@ -148,14 +148,6 @@ class Fragment:
             if wire.r is not None:
                 bucket.gather_share(wire.r)
 
-    def encode(self) -> list[Tensor]:
-        """Prepare what a round sends.
-
-        Returns:
-            Scalars that are NaN or inf if it has no meaning.
-        """
-        return [probe for wire in self.wires for probe in wire.encode()]
-
     def _keep(self, rules: Rules) -> None:
         # The share of an island's rank may be empty.
         parts = self.parts()
@@ -296,11 +288,13 @@ class Fragment:
     def sweep(self, rules: Rules, *names: str) -> list[Tensor]:
         """Apply rules to the model, chunk by chunk; ``mix`` alone writes to the parameters.
 
+        What ``contribute`` writes is made ready to be sent, while it still lies in the cache.
+
         Where the ranks of an island share it out, nothing does: :meth:`mix_in` writes what they
         have put together, of which this rank has its share in the buckets' ``common`` now.
 
         Returns:
-            Scalars that are NaN or inf if a parameter is.
+            Scalars that are NaN or inf if a parameter is, or if what would be sent has no meaning.
         """
         # It may raise, and must not once a part of the model is mixed.
         self.refresh()
@@ -313,7 +307,7 @@ class Fragment:
         probes: list[Tensor] = []
         squares: list[Tensor] = []
         with torch.no_grad(), record_function(f"commhooks::{'+'.join(names)}"):
-            for bucket, drift in zip(self.buckets, self.drifts, strict=True):
+            for bucket, drift, wire in zip(self.buckets, self.drifts, self.wires, strict=True):
                 if launching:
                     drift.begin()
                 for chunk in bucket.gathered():
@@ -338,6 +332,7 @@ class Fragment:
                         chunk.common.copy_(x)
                 if launching:
                     drift.end(self._divisor)
+                    probes += wire.encode()
             if mixing:
                 self.squared_distance = HostCopy(total(squares, self.device))
         return probes

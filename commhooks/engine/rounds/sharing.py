@@ -13,7 +13,9 @@ from commhooks.engine.network.roll_call import RollCall
 from commhooks.engine.network.ticket import Ticket
 from commhooks.engine.rounds.fragment import Fragment
 from commhooks.engine.rounds.gathering import Gathering
+from commhooks.engine.rounds.leader import Leader
 from commhooks.engine.rules import Rules
+from commhooks.engine.steps.optimizers import OptimizerWatch
 from commhooks.errors import RegistrationError
 
 __all__ = ["Sharing"]
@@ -40,8 +42,18 @@ class Sharing:
         self._island = links.island
         self._call = call
         self._fragments = fragments
+        self._leader = Leader(self._island)
 
-    # Ahead of a landing.
+    # Ahead of a landing, and between ranks that train and ranks that have no batches left.
+
+    def word(self, *, started: bool, trains: bool) -> int:
+        """What this rank tells the others in a backward, see :meth:`heed`.
+
+        Args:
+            started: whether there is something to gather.
+            trains: whether the rank has a batch.
+        """
+        return 2 * (self.ready() if started else 0) + (not trains)
 
     def ready(self) -> int:
         """How many of the results that are to land this rank can give its share of, and use.
@@ -52,19 +64,22 @@ class Sharing:
             return 0
         return sum(1 for _ in takewhile(_is_ready, self._awaited))
 
-    def gather(self, rules: Rules, agreed: int) -> None:
-        """Start gathering, in the background. Collective in the island.
+    def heed(self, rules: Rules, told: Sequence[int]) -> None:
+        """Start gathering, in the background, what all ranks are ready for. Collective there.
+
+        What lies beyond it and has been started is dropped, since a rank cannot use it any more.
 
         Args:
             rules: the algorithm.
-            agreed: the least that a rank has said in :meth:`ready`. What lies beyond it and has
-                been started is dropped, since a rank cannot use it any more.
+            told: what each rank has said in :meth:`word`.
 
         Raises:
             RoundError: it could not be started.
         """
+        self._leader.note([word % 2 == 0 for word in told])
         if self._links.shares is None:
             return
+        agreed = min(told) // 2
         try:
             with uninterrupted():
                 for number, fragment in enumerate(self._awaited):
@@ -76,6 +91,29 @@ class Sharing:
                         self._start(fragment)
         except Exception as error:  # noqa: BLE001 - rules may raise anything
             self._call.fail_alone(str(error))
+
+    def follow(self, fragments: Sequence[Fragment]) -> None:
+        """Give ranks without batches the parameters that the others have. Collective there.
+
+        Raises:
+            RoundError: a rank is gone.
+        """
+        try:
+            self._leader.share_parameters([b for each in fragments for b in each.buckets])
+        except RuntimeError as error:
+            self._fail(str(error))
+
+    def end_together(self, optimizers: OptimizerWatch) -> None:
+        """No rank has batches any more: let all go on as one from here. Collective there.
+
+        Raises:
+            RoundError: a rank is gone.
+        """
+        self.follow(self._fragments)
+        try:
+            self._leader.share_optimizers(optimizers)
+        except RuntimeError as error:
+            self._fail(str(error))
 
     def settle(self) -> None:
         """Wait for what is being gathered.

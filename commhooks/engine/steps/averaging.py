@@ -36,7 +36,7 @@ class StepAverager:
         inside: whether steps ever are averaged inside the island only.
 
     Attributes:
-        agreed: the least of what the ranks were ``ready`` for in the last backward.
+        told: what each rank has told with its last backward.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class StepAverager:
         self._call = call
         self._meter = meter
         self._sharded = sharded
-        self.agreed = 0
+        self.told: tuple[int, ...] = ()
         self._everywhere: GradientAverager | None = None
         self._inside: GradientAverager | None = None
         if links.island is not None and inside and not sharded:
@@ -71,7 +71,7 @@ class StepAverager:
         first: bool,
         last: bool,
         everywhere: bool,
-        ready: int = 0,
+        word: int = 0,
     ) -> torch.futures.Future[Tensor]:
         """Average a bucket of a DDP model over all ranks, or inside the island if there is one.
 
@@ -83,7 +83,7 @@ class StepAverager:
             first: whether it is the first of its backward.
             last: whether it is the last.
             everywhere: whether over all ranks.
-            ready: what the ranks agree on the least of, with the first bucket.
+            word: what this rank tells the others, with the first bucket.
         """
         averager = self.open() if everywhere else self._inside
         if averager is None:
@@ -92,10 +92,10 @@ class StepAverager:
             try:
                 if first:
                     point = self._call.point("the gradients of a backward")
-                    averager.begin(self._call.device, point, ready)
+                    averager.begin(self._call.device, point, word)
                 gradient = averager.average(bucket)
                 if last:
-                    self.agreed = min(averager.end(self._call.device))
+                    self.told = averager.end(self._call.device)
             except Exception as error:  # noqa: BLE001 - a backend may raise anything
                 self._note_failure(averager, str(error))
         if last and self._call.failed:

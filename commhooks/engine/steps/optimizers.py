@@ -125,6 +125,21 @@ class OptimizerWatch:
             if "lr" in group
         }
 
+    def states(self) -> dict[tuple[int, ...], dict[str, Any]]:
+        """The optimizers' states, by the numbers of the parameters that they update."""
+        return {self._numbers_of(each): each.state_dict() for each in self._known}
+
+    def load_states(self, states: Mapping[tuple[int, ...], dict[str, Any]]) -> None:
+        """Go on from another rank's; what updates the same parameters gets the same state."""
+        for optimizer in tuple(self._known):
+            state = states.get(self._numbers_of(optimizer))
+            if state is not None:
+                optimizer.load_state_dict(state)
+
+    def _numbers_of(self, optimizer: Optimizer) -> tuple[int, ...]:
+        mine = self._ids_of([optimizer])
+        return tuple(number for number, key in enumerate(self._parameters) if key in mine)
+
     def before_forward(self) -> None:
         """A forward of the model begins, which may be an evaluation before an optimizer's step."""
         if torch.is_grad_enabled() and self._watched.boundary_due:
