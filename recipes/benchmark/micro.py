@@ -57,6 +57,8 @@ _SHARED: dict[str, Callable[[int | None], CommHookState]] = {
         1, delay=1, merge="carry", warmup_steps=1, island=island
     ),
 }
+# In an optimizer's first steps the library looks for copies of the weights that it may keep.
+_WATCHED_STEPS = 12
 # Far from any launch.
 _NEVER = 10**9
 _IDLE_STATES: tuple[tuple[str, int, Callable[[], CommHookState]], ...] = (
@@ -260,7 +262,7 @@ def _boundary(name: str, state: CommHookState, blocks: int, rounds: int) -> Boun
 
 
 class _Idling:
-    """A state on a model that computes nothing, with its first round behind it.
+    """A state on a model that computes nothing, with its first rounds behind it.
 
     Attributes:
         parameters: of the model.
@@ -288,6 +290,8 @@ class _Idling:
         self._optimizer.step()
         self._land()
         self.extra = live_bytes() - before
+        for _ in range(_WATCHED_STEPS):
+            self.boundary()
 
     def boundary(self) -> float:
         """Seconds of the next, waiting for the other workers left out."""

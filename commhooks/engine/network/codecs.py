@@ -89,20 +89,22 @@ class _Int8(_Integers):
 
 
 class _Int4(_Integers):
-    """A byte holds one number of a block's first half, and one of its second."""
+    """A byte holds one number of a block's first half, plus 8, and one of its second, times 16.
+
+    Each is a sum of two numbers then, which fits a signed byte.
+    """
 
     levels = 7
     width = BLOCK // 2
 
     def pack(self, t: Tensor, codes: Tensor) -> None:
-        numbers = t.add_(8).to(torch.uint8)
-        first, second = numbers[:, : self.width], numbers[:, self.width :]
-        torch.bitwise_or(first, second << 4, out=codes)
+        first, second = t[:, : self.width], t[:, self.width :]
+        codes.view(torch.int8).copy_(first.add_(second, alpha=16).add_(8))
 
     def unpack(self, t: Tensor, codes: Tensor) -> None:
-        t[:, : self.width].copy_(codes & 15)
-        t[:, self.width :].copy_(codes >> 4)
-        t.sub_(8)
+        t[:, : self.width].copy_(codes & 15).sub_(8)
+        # Of a signed byte the sign stays.
+        t[:, self.width :].copy_(codes.view(torch.int8) >> 4)
 
 
 CODECS: dict[str, Codec] = {"bf16": _BFloat16(), "int8": _Int8(), "int4": _Int4()}
