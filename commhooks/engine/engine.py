@@ -74,6 +74,7 @@ class Engine:
         check: says what keeps this rank from taking part in a round, if anything does.
         first_tau: steps of the first cycle.
         static_graph: whether the DDP model has that option.
+        find_unused: the same of ``find_unused_parameters``.
         local: gives this rank's shard of a parameter, for a model whose island shards it; None
             where every rank has all of it.
         reshard: makes the next forward see what is written to the shards.
@@ -91,12 +92,14 @@ class Engine:
         *,
         first_tau: int,
         static_graph: bool = False,
+        find_unused: bool = False,
         local: Callable[[Tensor], Tensor] | None = None,
         reshard: Callable[[], None] = lambda: None,
     ) -> None:
         # A state holds its engine; a cycle would keep dropped states, and their groups, for long.
         self._rules_alive = weakref.ref(rules)
         self._check = check
+        self._finds_unused = find_unused
         self._reshard = reshard
         self._sharded = local is not None
         self.layout = layout
@@ -248,10 +251,11 @@ class Engine:
                 )
             return gradient
         averaging = self.averages_gradients
-        sharing = None if averaging else self._sharing
+        sharing = self._sharing
         word = 0
         if first and sharing is not None:
-            word = sharing.word(started=self._standing.started, trains=not self._shadows)
+            started = self._standing.started and not averaging
+            word = sharing.word(started=started, trains=not self._shadows)
         gradient = self._gradients.average(
             bucket, gradient, first=first, last=last, everywhere=averaging, word=word
         )
@@ -259,18 +263,19 @@ class Engine:
             return gradient
         if last:
             try:
-                if sharing is not None:
-                    sharing.heed(self._rules, self._gradients.told)
+                agreed = 0 if sharing is None else sharing.heed(self._gradients.told)
+                if sharing is not None and self._standing.started and not averaging:
+                    sharing.gather(self._rules, agreed)
                 if not averaging and not self._standing.started:
                     # Now, since what comes next may be an optimizer already in its step, whose
                     # closure this backward is part of.
                     self._start_together()
-                shadows, self._shadows = self._shadows, False
-                if not shadows or sharing is not None:
-                    self._count_step(local=not averaging)
-                if shadows and sharing is not None:
-                    # The other ranks of the island have one when their optimizers have stepped.
-                    self.at_boundary()
+                self._count_step(local=not averaging)
+                if self._shadows:
+                    self._shadows = False
+                    # The others come to theirs when their optimizers have stepped. With unused
+                    # parameters they wait for a bitmap of DDP's before, which this rank sends next.
+                    self.at_boundary(wait=not self._finds_unused)
             except RoundError as error:
                 raise_after_backward(error)
         return gradient
@@ -323,23 +328,11 @@ class Engine:
         self._count_step(local=not self.averages_gradients)
 
     def shadow_step(self) -> None:
-        """Take part in a step of ranks with more batches (torch's Join), ahead of DDP's part.
+        """Ranks with more batches (torch's Join) make a step, or a part of one.
 
-        The others have collectives of DDP to get through before they wait for a round of this
-        step, so it is waited for at the next one: these parameters do not change in between.
-
-        While gradients are averaged, everywhere or in an island, DDP's own shadowing calls the
-        hook, which counts the step.
-
-        Raises:
-            RoundError: a round failed.
+        If it is one that counts, DDP's own shadowing calls the hook next, with gradients of zero.
         """
-        if self.averages_gradients:
-            return
         self._shadows = True
-        if self._sharing is None:
-            self._count_step(local=True)
-            self.at_boundary(wait=False)
 
     def end_shadowing(self, optimizers: OptimizerWatch) -> None:
         """Every rank is out of batches.
@@ -370,21 +363,21 @@ class Engine:
                 self._start_together()
             if self._sharing is not None:
                 self._sharing.follow([fragment])
-            schedule = fragment.schedule
+            schedule, now = fragment.schedule, fragment.schedule.next
             # The earlier of the two, where a loop has missed several.
-            landing, launching = (at == schedule.next for at in (schedule.landing, schedule.launch))
+            landing, launching = (at == now for at in (schedule.landing, schedule.launch))
             # Ctrl-C may end the wait, and the round is waited for again by whatever comes next.
             self._wait_for(fragment)
             with uninterrupted():
                 if launching:
                     if landing:
-                        self._progress.landed(fragment, self._rules, self._standing.step)
+                        self._progress.landed(fragment, self._rules, now)
                     self._launch(fragment, mix_first=landing)
                     launched.append(fragment)
                 else:
                     self._mix(fragment)
                     schedule.landed()
-                    self._progress.landed(fragment, self._rules, self._standing.step)
+                    self._progress.landed(fragment, self._rules, now)
 
     def drain(self) -> None:
         """Wait for what is in flight, and its chained updates. It is mixed in when it lands.
@@ -615,6 +608,8 @@ class Engine:
             RoundError: the ranks are not at the same point, the communication failed, or sharded
                 models differ between islands.
         """
+        if self._sharing is not None:
+            self._sharing.follow(self._fragments)
         self._start()
         references = [r for fragment in self._fragments for r in fragment.references]
         if not (references or self._sharded) or self.layout.m == 1:

@@ -410,6 +410,7 @@ class CommHookState(Rules, Joinable):
                 ParameterCheck(ddp, parameters.values()),
                 first_tau=first_tau,
                 static_graph=ddp.static_graph,
+                find_unused=ddp.find_unused_parameters,
             )
         )
 
@@ -627,17 +628,18 @@ class CommHookState(Rules, Joinable):
 
         The rank shadows the others' rounds with its last parameters; at the end of the context
         all ranks finish together. The state comes first: ``Join([state, ddp_model])``. Batches
-        should not run out during warm-up, where the rank would miss the others' updates.
+        should not run out during warm-up, where the rank would miss the others' updates; and the
+        last one of each rank must be followed by its optimizers' step.
 
         An island goes on training until its last rank is out of batches. Those that are out of them
         add nothing to its gradients, which are still divided by the number of its ranks, and take
-        its parameters at every boundary and, with the states of the optimizers, at the end.
+        its parameters at every boundary and, with the states of optimizers and scaler, at the end.
 
         Raises:
-            RegistrationError: not registered yet; or with islands, the model is not a DDP one, or
-                has ``find_unused_parameters``.
+            RegistrationError: not registered yet; the model is not a DDP one; or it has
+                ``find_unused_parameters``, with islands or compressed rounds.
         """
-        layout, model = self._registered().layout, self.model
+        engine, model = self._registered(), self.model
         if model is None:
             raise RegistrationError("Join needs a model, and this state's is gone.")
         if not isinstance(model, DistributedDataParallel):
@@ -645,12 +647,13 @@ class CommHookState(Rules, Joinable):
                 "Join is for DDP models; a sharded one takes no part in it. Give all ranks the "
                 "same number of batches, such as with drop_last=True."
             )
-        if layout.size > 1 and model.find_unused_parameters:
+        needs_others = engine.layout.size > 1 or self.compression is not None
+        if needs_others and model.find_unused_parameters:
             raise RegistrationError(
-                "Join cannot be used with islands and find_unused_parameters=True, whose bitmap "
-                "the ranks with batches would wait for while the others wait for a round. Use "
-                "static_graph=True where the graph allows, or give all ranks of an island the same "
-                "number of batches."
+                "Join with islands or compression cannot be used with find_unused_parameters=True, "
+                "whose bitmap the ranks with batches would wait for while the others wait for a "
+                "round. Let every forward use all parameters, or give all ranks the same number of "
+                "batches."
             )
         if self._announcements is not None:
             # Of a context that an exception has left.
@@ -682,8 +685,8 @@ class CommHookState(Rules, Joinable):
         self.finish()
 
     def _announce_step(self, model: DistributedDataParallel, args: object) -> None:
-        """Tell the ranks that are out of batches that a step begins, as DDP itself would."""
-        if not (torch.is_grad_enabled() and model.require_backward_grad_sync):
+        """Tell the ranks that are out of batches that a forward begins, as DDP itself would."""
+        if not torch.is_grad_enabled():
             return
         if self._join_config.enable and not self._join_config.is_first_joinable:
             raise RegistrationError(

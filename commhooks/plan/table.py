@@ -103,7 +103,7 @@ def _advice(first: Choice, longest: int) -> str:
     )
     return (
         f"{late}First choice: {constructor(first)}\n"
-        f"Learning rate, times DDP's: {learning_rate(first.algorithm)}.\n"
+        f"Learning rate: DDP's times state.lr_factor: {learning_rate(first.algorithm)}.\n"
     )
 
 

@@ -2,17 +2,18 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.algorithms.join import Join
 
 import commhooks
 from tests.accelerated import Accelerated, Scaling, normed
-from tests.cases import PERIODIC, Case, two_cases, with_tau
+from tests.cases import PERIODIC, Case, one_case, two_cases, with_tau
 from tests.expected import (
     assert_close,
     assert_follows,
@@ -22,7 +23,7 @@ from tests.expected import (
 )
 from tests.harness import rank_outcomes, run_ranks
 from tests.training import Trainer
-from tests.workload import MakeOptimizers, adamw, nesterov_sgd
+from tests.workload import MakeOptimizers, adamw, gradient, nesterov_sgd
 from tests.works_with.test_amp import OVERFLOWS, ScaledTrainer, fused_sgd, two_fused
 
 
@@ -153,9 +154,49 @@ def test_join_shadows_the_rounds(lengths: Sequence[int]) -> None:
         *every_periodic(2),
         *every_periodic(2, ddp={"find_unused_parameters": True}),
         *every_periodic(3, optimizers=adamw),
+        # In fp64, where no sum is so close to the middle between two integers as to go either way.
+        *(
+            one_case(name, 2, compression="int8", cap_mb=25.0, dtype=torch.float64)
+            for name in PERIODIC
+        ),
     ]
     for case, *ends in zip(cases, *run_ranks(uneven, 3, cases, lengths), strict=True):
         assert_shadowed(case, ends, lengths)
+
+
+class Accumulating(Trainer):
+    """Adds up the gradients of two forwards a step, of which DDP reduces the second alone."""
+
+    def backward(self) -> None:
+        with self.model.no_sync():
+            self.case.backward(self.model, self.rank, self.steps)
+        self.case.backward(self.model, self.rank, self.steps)
+
+
+def twice(model: nn.Module, rank: int, step: int) -> None:
+    for _ in range(2):
+        gradient(model, rank, step)
+
+
+def uneven_and_accumulating(
+    cases: Sequence[Case], lengths: Sequence[int]
+) -> list[tuple[Tensor, commhooks.Stats]]:
+    ends = []
+    for case in cases:
+        trainer = Accumulating(case)
+        with Join([trainer.state, trainer.model]):
+            for _ in range(lengths[trainer.rank]):
+                trainer.step()
+        ends.append((trainer.x, trainer.state.stats))
+    return ends
+
+
+def test_join_with_accumulation() -> None:
+    """Only what DDP reduces is a step, also for those who are out of batches."""
+    cases, lengths = every_periodic(2, dtype=torch.float64), (6, 3, 4)
+    real = run_ranks(uneven_and_accumulating, 3, cases, lengths)
+    for case, *ends in zip(cases, *real, strict=True):
+        assert_shadowed(replace(case, backward=twice), ends, lengths)
 
 
 def uneven_without_join(case: Case, lengths: Sequence[int]) -> None:

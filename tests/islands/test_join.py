@@ -1,5 +1,6 @@
 """Ranks of an island that run out of batches, within torch's Join."""
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -13,6 +14,7 @@ from tests.expected import assert_close, reference_workers
 from tests.harness import run_ranks
 from tests.training import Form, Trainer
 from tests.workload import adamw, weights_and_biases
+from tests.works_with.test_amp import ScaledTrainer
 
 Lengths = Sequence[int]
 """Every rank's number of batches in an epoch."""
@@ -104,6 +106,39 @@ def test_an_island_goes_on_without_those_that_are_done(lengths: Sequence[Lengths
     assert_all_follow(CASES, lengths)
 
 
+def test_batches_run_out_in_warm_up() -> None:
+    """Its last steps are made without some, who start the local ones where the others are."""
+    cases = [
+        Case(name, {"tau": 2, **arguments}, 4, island=2)
+        for name, arguments in (
+            ("LocalSGD", {}),
+            ("OverlapLocalSGD", {"beta": 0.7}),
+            ("DiLoCo", {"delay": 1, "merge": "carry"}),
+        )
+    ]
+    assert_all_follow(cases, [(2, 9, 7, 3), (3, 3, 1, 2)])
+
+
+class GrowingFast(ScaledTrainer):
+    growth_interval = 2
+
+
+def scales() -> list[float]:
+    """log2 of the scale after each of two epochs; in the first it grows after a rank has left."""
+    trainer = GrowingFast(Case("LocalSGD", {"tau": 2}, island=2), True, ())
+    seen = []
+    for lengths in ((5, 3, 4, 5), (3, 3, 3, 3)):
+        with Join([trainer.state, trainer.model]):
+            for _ in range(lengths[trainer.rank]):
+                trainer.step()
+        seen.append(math.log2(trainer.scaler.get_scale()))
+    return seen
+
+
+def test_the_scaler_goes_on_with_those_that_train() -> None:
+    assert run_ranks(scales, 4) == [[12.0, 14.0]] * 4
+
+
 def test_islands_of_three() -> None:
     cases = [
         Case("OverlapLocalSGD", {"tau": 2, "alpha": 0.5, "beta": 0.7}, island=3),
@@ -113,8 +148,9 @@ def test_islands_of_three() -> None:
 
 
 def test_the_bare_form() -> None:
+    """A rank without batches in the first epoch has optimizers that the state has never seen."""
     cases = [Case("LocalSGD", {"tau": 2}, island=2), Case("OverlapLocalSGD", {"tau": 2}, island=2)]
-    assert_all_follow(cases, [(5, 3, 1, 4), (2, 2, 3, 2)], "hook")
+    assert_all_follow(cases, [(5, 0, 1, 4), (2, 2, 3, 2)], "hook")
 
 
 def unused(case: Case) -> str:
@@ -132,4 +168,4 @@ def test_unused_parameters_are_refused() -> None:
     case = Case("LocalSGD", {"tau": 2}, island=2, ddp={"find_unused_parameters": True})
     for message in run_ranks(unused, 4, case):
         assert "find_unused_parameters" in message
-        assert "static_graph=True" in message
+        assert "every forward use all parameters" in message

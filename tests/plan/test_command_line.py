@@ -27,7 +27,7 @@ def test_the_module_runs() -> None:
     assert 'First choice: commhooks.OverlapLocalSGD(tau=5, beta=0.7, compression="int4")' in (
         done.stdout
     )
-    assert "Learning rate, times DDP's: 1.5, then try 3." in done.stdout
+    assert "Learning rate: DDP's times state.lr_factor: 1.5, then try 3." in done.stdout
 
 
 def test_a_fixed_tau_shows_every_algorithm(capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,11 +102,11 @@ class GradientAverager:
                 if gradient is not None:
                     gradient.copy_(mean.view(gradient.shape))
 
-    def end(self, device: torch.device) -> tuple[int, ...]:
+    def end(self, device: torch.device) -> dict[int, int]:
         """The last bucket has been given to :meth:`average`.
 
         Returns:
-            The number that each rank has begun with.
+            The number that each rank has begun with, by the rank's own.
 
         Raises:
             RuntimeError: the ranks are not at the same point, or a rank is gone.
@@ -117,7 +117,7 @@ class GradientAverager:
         if verdict.problem is not None:
             raise RuntimeError(verdict.problem)
         self._backward_end = Moment(device)
-        return verdict.digests
+        return dict(zip(self._tickets.ranks, verdict.digests, strict=True))
 
     def check(self) -> None:
         """Look whether what has arrived so far has arrived well.

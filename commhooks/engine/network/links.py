@@ -96,7 +96,8 @@ class Links:
         return (
             f"the parameters of {named} are no longer the same bit for bit, though they are one "
             "worker. Let all ranks of an island make the same updates: no layer that draws its own "
-            "random weights, no parameter that is written to on one rank."
+            "random weights, no parameter that is written to on one rank, no learning rate that "
+            "only some have (of a scheduler that has made fewer steps)."
         )
 
 

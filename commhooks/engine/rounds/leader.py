@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from commhooks.engine.network.communicator import Communicator
 from commhooks.engine.steps.optimizers import OptimizerWatch
 from commhooks.engine.vectors.buckets import Bucket
+from commhooks.engine.vectors.devices import catch_up_with_callbacks
 
 __all__ = ["Leader"]
 
@@ -27,38 +30,70 @@ class Leader:
         self._island = island
         # Its number in the island; None while all ranks train, or all have ended together.
         self._place: int | None = None
+        self._behind = False
 
-    def note(self, training: Sequence[bool]) -> None:
-        """Which ranks have a batch for the step under way."""
-        if all(training):
-            self._place = None
-        elif any(training):
-            self._place = training.index(True)
+    @property
+    def needed(self) -> bool:
+        """Whether a rank is behind the others."""
+        return self._place is not None
+
+    def note(self, trains: Mapping[int, bool]) -> None:
+        """Take note of which ranks have a batch for the step under way, by their numbers."""
+        of_island = [trains[rank] for rank in self._island.ranks]
+        if all(of_island):
+            self.forget()
+        elif any(of_island):
+            self._place = of_island.index(True)
+            self._behind = not of_island[self._island.rank]
+
+    def forget(self) -> None:
+        """All ranks are at one point."""
+        self._place, self._behind = None, False
 
     def share_parameters(self, buckets: Sequence[Bucket]) -> None:
-        """Give its parameters to the whole island. Collective there.
+        """Give its parameters to those that are behind. Collective in the island.
 
         Raises:
             RuntimeError: a rank is gone.
         """
-        if self._place is None:
-            return
+        assert self._place is not None
         with torch.no_grad():
             for bucket in buckets:
                 flat = torch.empty(bucket.numel, dtype=bucket.dtype, device=bucket.device)
                 bucket.gather(flat)
-                self._island.broadcast(flat, self._place).wait()
-                bucket.scatter(flat)
+                self._broadcast(flat)
+                # The others may be in the middle of a backward, which needs its parameters.
+                if self._behind:
+                    bucket.scatter(flat)
 
-    def share_optimizers(self, watch: OptimizerWatch) -> None:
+    def share_optimizers(self, watch: OptimizerWatch, device: torch.device) -> None:
         """The same for the states of the optimizers, without which the next updates would differ.
+
+        Args:
+            watch: knows them.
+            device: what the island's group can send from.
 
         Raises:
             RuntimeError: a rank is gone.
         """
-        if self._place is None:
-            return
-        leads = self._place == self._island.rank
-        told = self._island.tell(watch.states() if leads else {})
-        if not leads:
-            watch.load_states(told[self._place])
+        assert self._place is not None
+        states = watch.states() if self._place == self._island.rank else None
+        # Of tensors only what they look like: a group may pass on objects by way of a GPU.
+        told = self._island.tell(tree_map(_outline, states))[self._place]
+        leaves, shape = tree_flatten(told if states is None else states)
+        for number, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                sent = torch.empty_like(leaf, device=device) if leaf.is_meta else leaf.to(device)
+                self._broadcast(sent)
+                leaves[number] = sent
+        if self._behind:
+            watch.load_states(tree_unflatten(leaves, shape))
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        assert self._place is not None
+        self._island.broadcast(tensor, self._place).wait()
+        catch_up_with_callbacks(tensor.device)
+
+
+def _outline(leaf: object) -> object:
+    return leaf.to("meta") if isinstance(leaf, Tensor) else leaf

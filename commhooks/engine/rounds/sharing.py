@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import NoReturn
 
@@ -50,10 +50,19 @@ class Sharing:
         """What this rank tells the others in a backward, see :meth:`heed`.
 
         Args:
-            started: whether there is something to gather.
+            started: whether there may be something to gather.
             trains: whether the rank has a batch.
         """
         return 2 * (self.ready() if started else 0) + (not trains)
+
+    def heed(self, told: Mapping[int, int]) -> int:
+        """Take note of what each rank has said, by its number.
+
+        Returns:
+            How many results all ranks of the island are :meth:`ready` for.
+        """
+        self._leader.note({rank: word % 2 == 0 for rank, word in told.items()})
+        return min(told[rank] // 2 for rank in self._island.ranks)
 
     def ready(self) -> int:
         """How many of the results that are to land this rank can give its share of, and use.
@@ -64,22 +73,19 @@ class Sharing:
             return 0
         return sum(1 for _ in takewhile(_is_ready, self._awaited))
 
-    def heed(self, rules: Rules, told: Sequence[int]) -> None:
-        """Start gathering, in the background, what all ranks are ready for. Collective there.
-
-        What lies beyond it and has been started is dropped, since a rank cannot use it any more.
+    def gather(self, rules: Rules, agreed: int) -> None:
+        """Start gathering, in the background. Collective in the island.
 
         Args:
             rules: the algorithm.
-            told: what each rank has said in :meth:`word`.
+            agreed: what :meth:`heed` gave. What lies beyond it and has been started is dropped,
+                since a rank cannot use it any more.
 
         Raises:
             RoundError: it could not be started.
         """
-        self._leader.note([word % 2 == 0 for word in told])
         if self._links.shares is None:
             return
-        agreed = min(told) // 2
         try:
             with uninterrupted():
                 for number, fragment in enumerate(self._awaited):
@@ -96,8 +102,18 @@ class Sharing:
         """Give ranks without batches the parameters that the others have. Collective there.
 
         Raises:
-            RoundError: a rank is gone.
+            RoundError: a rank has a refusal, they are not at the same point, or one is gone.
         """
+        if not self._leader.needed:
+            return
+        refusal = None
+        try:
+            for fragment in fragments:
+                fragment.refresh()
+        except RegistrationError as error:
+            refusal = str(error)
+        if not self._meet(refusal):
+            self._refuse(refusal)
         try:
             self._leader.share_parameters([b for each in fragments for b in each.buckets])
         except RuntimeError as error:
@@ -107,13 +123,16 @@ class Sharing:
         """No rank has batches any more: let all go on as one from here. Collective there.
 
         Raises:
-            RoundError: a rank is gone.
+            RoundError: a rank has a refusal, they are not at the same point, or one is gone.
         """
+        if not self._leader.needed:
+            return
         self.follow(self._fragments)
         try:
-            self._leader.share_optimizers(optimizers)
-        except RuntimeError as error:
+            self._leader.share_optimizers(optimizers, self._call.device)
+        except Exception as error:  # noqa: BLE001 - an optimizer may raise anything
             self._fail(str(error))
+        self._leader.forget()
 
     def settle(self) -> None:
         """Wait for what is being gathered.
@@ -142,16 +161,7 @@ class Sharing:
         Raises:
             RoundError: they are not at the same point, or a rank is gone.
         """
-        if fragment.gathered:
-            return refusal is None
-        point, refused = self._call.point("a landing"), refusal is not None
-        try:
-            verdict = Ticket(self._island, self._call.device, point, refused=refused).wait()
-        except RuntimeError as error:
-            self._fail(str(error))
-        if verdict.problem is not None:
-            self._fail(verdict.problem)
-        return not verdict.refused
+        return refusal is None if fragment.gathered else self._meet(refusal)
 
     def land(self, fragment: Fragment, rules: Rules, refusal: str | None) -> None:
         """Mix in what the ranks have put together. Collective in the island.
@@ -163,13 +173,28 @@ class Sharing:
             if fragment.gathered:
                 assert refusal is not None
                 self._call.fail_alone(refusal)
-            self._fail(by_rank(self._island.tell(refusal), self._island.ranks))
+            self._refuse(refusal)
         self.put_together(fragment, rules)
 
     def put_together(self, fragment: Fragment, rules: Rules) -> None:
         """The same, where :meth:`all_can` has been asked."""
         self._wait(self._start(fragment))
         fragment.mix_in(rules)
+
+    def _meet(self, refusal: str | None) -> bool:
+        """Whether no rank of the island has a refusal. Collective there."""
+        point, refused = self._call.point("a landing"), refusal is not None
+        try:
+            verdict = Ticket(self._island, self._call.device, point, refused=refused).wait()
+        except RuntimeError as error:
+            self._fail(str(error))
+        if verdict.problem is not None:
+            self._fail(verdict.problem)
+        return not verdict.refused
+
+    def _refuse(self, refusal: str | None) -> NoReturn:
+        """Some rank has a refusal, and every one says what it is."""
+        self._fail(by_rank(self._island.tell(refusal), self._island.ranks))
 
     def _start(self, fragment: Fragment) -> Gathering:
         """Start gathering what lies in the common vectors, unless that is under way."""

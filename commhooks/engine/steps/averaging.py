@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ class StepAverager:
         inside: whether steps ever are averaged inside the island only.
 
     Attributes:
-        told: what each rank has told with its last backward.
+        told: what each rank has told with the last backward, by its number.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class StepAverager:
         self._call = call
         self._meter = meter
         self._sharded = sharded
-        self.told: tuple[int, ...] = ()
+        self.told: Mapping[int, int] = {}
         self._everywhere: GradientAverager | None = None
         self._inside: GradientAverager | None = None
         if links.island is not None and inside and not sharded:

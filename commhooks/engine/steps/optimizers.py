@@ -63,6 +63,13 @@ def owned(optimizer: Optimizer, parameters: Mapping[int, Tensor]) -> list[Tensor
     return [p for p in mine if id(p) in parameters]
 
 
+def _key(optimizer: Optimizer, parameters: Iterable[int]) -> tuple[object, ...]:
+    """What an optimizer is, and which of the parameters, by their ids, it updates."""
+    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    numbers = (number for number, key in enumerate(parameters) if key in mine)
+    return (type(optimizer).__qualname__, *numbers)
+
+
 class OptimizerWatch:
     """Runs a due boundary once all optimizers have stepped, or else before the next forward.
 
@@ -99,6 +106,8 @@ class OptimizerWatch:
         self._updated = self._ids_of(optimizers) if optimizers else set(self._parameters)
         self._stepped: set[int] = set()
         self._stepped_in = 0
+        # Of optimizers that another rank has and this one has not seen yet.
+        self._unclaimed: dict[Any, dict[str, Any]] = {}
         self._steps_seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._scaler: weakref.ref[torch.amp.GradScaler] | None = None
         if scaler is not None:
@@ -125,20 +134,27 @@ class OptimizerWatch:
             if "lr" in group
         }
 
-    def states(self) -> dict[tuple[int, ...], dict[str, Any]]:
-        """The optimizers' states, by the numbers of the parameters that they update."""
-        return {self._numbers_of(each): each.state_dict() for each in self._known}
+    def states(self) -> dict[str, Any]:
+        """The states of the optimizers and of the scaler, as another rank takes them."""
+        scaler = self._scaler() if self._scaler is not None else None
+        return {
+            "optimizers": {_key(each, self._parameters): each.state_dict() for each in self._known},
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
 
-    def load_states(self, states: Mapping[tuple[int, ...], dict[str, Any]]) -> None:
-        """Go on from another rank's; what updates the same parameters gets the same state."""
+    def load_states(self, states: Mapping[str, Any]) -> None:
+        """Go on from another rank's; an optimizer that has not stepped yet does when it will."""
+        scaler = self._scaler() if self._scaler is not None else None
+        if scaler is not None and states["scaler"] is not None:
+            scaler.load_state_dict(states["scaler"])
+        self._unclaimed = dict(states["optimizers"])
         for optimizer in tuple(self._known):
-            state = states.get(self._numbers_of(optimizer))
-            if state is not None:
-                optimizer.load_state_dict(state)
+            self._claim(optimizer)
 
-    def _numbers_of(self, optimizer: Optimizer) -> tuple[int, ...]:
-        mine = self._ids_of([optimizer])
-        return tuple(number for number, key in enumerate(self._parameters) if key in mine)
+    def _claim(self, optimizer: Optimizer) -> None:
+        state = self._unclaimed.pop(_key(optimizer, self._parameters), None)
+        if state is not None:
+            optimizer.load_state_dict(state)
 
     def before_forward(self) -> None:
         """A forward of the model begins, which may be an evaluation before an optimizer's step."""
@@ -167,6 +183,8 @@ class OptimizerWatch:
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """An optimizer is about to step."""
+        if self._unclaimed:
+            self._claim(optimizer)
 
     def _is_awaited(self) -> bool:
         """Whether it matters that all optimizers have stepped."""
