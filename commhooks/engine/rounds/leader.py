@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from commhooks.engine.network.communicator import Communicator
 from commhooks.engine.steps.optimizers import OptimizerWatch
@@ -78,14 +79,17 @@ class Leader:
         """
         assert self._place is not None
         states = watch.states() if self._place == self._island.rank else None
-        # Of tensors only what they look like: a group may pass on objects by way of a GPU.
+        # Every rank hears what every other tells, so the tensors themselves are sent by one.
         told = self._island.tell(tree_map(_outline, states))[self._place]
-        leaves, shape = tree_flatten(told if states is None else states)
+        leaves, shape = tree_flatten(told)
+        mine = iter(tree_leaves(states))
         for number, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor):
-                sent = torch.empty_like(leaf, device=device) if leaf.is_meta else leaf.to(device)
+            own = next(mine, None)
+            if isinstance(leaf, _Outline):
+                room = torch.empty(leaf.shape, dtype=leaf.dtype, device=device)
+                sent = own.to(device).contiguous() if isinstance(own, Tensor) else room
                 self._broadcast(sent)
-                leaves[number] = sent
+                leaves[number] = sent.cpu() if leaf.on_cpu else sent
         if self._behind:
             watch.load_states(tree_unflatten(leaves, shape))
 
@@ -95,5 +99,16 @@ class Leader:
         catch_up_with_callbacks(tensor.device)
 
 
+@dataclass(frozen=True)
+class _Outline:
+    """What a tensor looks like."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    on_cpu: bool
+
+
 def _outline(leaf: object) -> object:
-    return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
+    if isinstance(leaf, Tensor):
+        return _Outline(leaf.shape, leaf.dtype, leaf.device.type == "cpu")
+    return leaf
