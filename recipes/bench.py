@@ -8,6 +8,7 @@ a step, a boundary, memory, and draws the profile of two rounds. Takes about hal
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -252,7 +253,7 @@ def main() -> int:
     draw(results, bench.tau, folder / "bench.png")
     if bench.docs is not None:
         bench.docs.mkdir(parents=True, exist_ok=True)
-        command = " ".join(["python recipes/bench.py", *sys.argv[1:]])
+        command = shlex.join(["python", "recipes/bench.py", *sys.argv[1:]])
         page = markdown(results, micro, bars, command=command, tau=bench.tau)
         (bench.docs / "tables.inc").write_text(page)
         for picture in folder.glob("*.png"):
