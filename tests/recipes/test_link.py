@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import re
 import sys
 import time
 from pathlib import Path
@@ -231,7 +232,8 @@ def test_what_fails_is_named_as_it_was_started() -> None:
     ran = link(*options, "sh", "-c", "test {rank} != 3")
     assert "rank 3 ended with 1" in ran.stderr
     ran = link(*options, sys.executable, "-m", "torch.distributed.run", "nothing.py")
-    assert "machine 0 ended with" in ran.stderr
+    # Both fail, and either may be the first.
+    assert re.search("machine [01] ended with", ran.stderr)
 
 
 def test_a_launcher_is_started_once_a_machine() -> None:
