@@ -263,9 +263,10 @@ class Engine:
             return gradient
         if last:
             try:
-                agreed = 0 if sharing is None else sharing.heed(self._gradients.told)
-                if sharing is not None and self._standing.started and not averaging:
-                    sharing.gather(self._rules, agreed)
+                if sharing is not None:
+                    agreed = sharing.heed(self._gradients.told)
+                    if self._standing.started and not averaging:
+                        sharing.gather(self._rules, agreed)
                 if not averaging and not self._standing.started:
                     # Now, since what comes next may be an optimizer already in its step, whose
                     # closure this backward is part of.

@@ -134,10 +134,12 @@ def test_skipped_steps_through_accelerate() -> None:
 # Different numbers of batches.
 
 
-def uneven(cases: Sequence[Case], lengths: Sequence[int]) -> list[tuple[Tensor, commhooks.Stats]]:
+def uneven(
+    cases: Sequence[Case], lengths: Sequence[int], make: type[Trainer] = Trainer
+) -> list[tuple[Tensor, commhooks.Stats]]:
     ends = []
     for case in cases:
-        trainer = Trainer(case)
+        trainer = make(case)
         with Join([trainer.state, trainer.model]):
             for _ in range(lengths[trainer.rank]):
                 trainer.step()
@@ -178,23 +180,10 @@ def twice(model: nn.Module, rank: int, step: int) -> None:
         gradient(model, rank, step)
 
 
-def uneven_and_accumulating(
-    cases: Sequence[Case], lengths: Sequence[int]
-) -> list[tuple[Tensor, commhooks.Stats]]:
-    ends = []
-    for case in cases:
-        trainer = Accumulating(case)
-        with Join([trainer.state, trainer.model]):
-            for _ in range(lengths[trainer.rank]):
-                trainer.step()
-        ends.append((trainer.x, trainer.state.stats))
-    return ends
-
-
 def test_join_with_accumulation() -> None:
     """Only what DDP reduces is a step, also for those who are out of batches."""
     cases, lengths = every_periodic(2, dtype=torch.float64), (6, 3, 4)
-    real = run_ranks(uneven_and_accumulating, 3, cases, lengths)
+    real = run_ranks(uneven, 3, cases, lengths, Accumulating)
     for case, *ends in zip(cases, *real, strict=True):
         assert_shadowed(replace(case, backward=twice), ends, lengths)
 
