@@ -32,8 +32,8 @@ _ACCURACY = "test accuracy (%)"
 _CURVE_HEIGHT = 1.9
 # About as many markers on a curve, whatever its length.
 _MARKERS = 6
-# Letters of a legend's label that leave room for another beside it.
-_LETTERS = 28
+# Letters of a legend's label that leave room for others beside it, below one panel and on a page.
+_LETTERS = {True: 22, False: 28}
 # A method's place beside its neighbours where several share a tau, in steps of the tau axis.
 _DODGE = 0.09
 
@@ -116,7 +116,7 @@ def _legend_columns(style: Looks, *, one_panel: bool) -> int:
     """As many as have room for the longest label, below one panel or below the width of a page."""
     columns = 2 if one_panel else 4
     longest = max(len(method.label) for method in style)
-    return columns if longest <= _LETTERS else columns // 2
+    return columns if longest <= _LETTERS[one_panel] else columns // 2
 
 
 def _labelled(style: Looks) -> dict[str, Look]:

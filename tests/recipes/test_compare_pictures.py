@@ -81,6 +81,16 @@ def test_nothing_overlaps_the_labels(drawn: dict[str, Figure]) -> None:
         assert all(box is not None and box.y0 >= below for box in lowest)
 
 
+def test_a_legend_of_long_names_lies_within_the_picture(tmp_path: Path) -> None:
+    names = ("overlap-local-sgd:beta=0.7", "easgd", "cocod-sgd", "diloco:outer_momentum=0.5")
+    cells = [result(name, tau, [recorded(), recorded()]) for name in names for tau in (2, 8)]
+    for name, figure in draw(cells, tmp_path).items():
+        figure.canvas.draw()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        assert 0 <= box.x0 <= box.x1 <= figure.bbox.x1, name
+
+
 def test_one_cell_fits_a_column(tmp_path: Path) -> None:
     figures = draw(results((8,), non_iid=False), tmp_path)
     # One tau is no axis.
