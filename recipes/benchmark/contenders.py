@@ -207,11 +207,18 @@ def _identity(
     return Attached()
 
 
+def _machine(stack: ExitStack) -> dist.ProcessGroup:
+    """The ranks of this one's machine, until the turn ends: a group's thread never sleeps."""
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    subgroup, _ = dist.new_subgroups(group_size=size)  # type: ignore[no-untyped-call]
+    stack.callback(dist.destroy_process_group, subgroup)
+    return subgroup  # type: ignore[no-any-return]
+
+
 def _inside_machines(
     model: DistributedDataParallel, optimizer: Optimizer, tau: int, stack: ExitStack
 ) -> Attached:
-    size = int(os.environ["LOCAL_WORLD_SIZE"])
-    subgroup, _ = dist.new_subgroups(group_size=size)  # type: ignore[no-untyped-call]
+    subgroup = _machine(stack)
     model.register_comm_hook(subgroup, default_hooks.allreduce_hook)
     return Attached()
 
@@ -236,8 +243,7 @@ def _post_local_sgd(
     model: DistributedDataParallel, optimizer: Optimizer, tau: int, stack: ExitStack
 ) -> Attached:
     # Averages gradients within a machine, which may be of one rank.
-    size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    subgroup, _ = dist.new_subgroups(group_size=size)  # type: ignore[no-untyped-call]
+    subgroup = _machine(stack)
     state = PostLocalSGDState(None, subgroup, start_localSGD_iter=0)  # type: ignore[no-untyped-call]
     model.register_comm_hook(state, post_localSGD_hook)
     averager = PeriodicModelAverager(period=tau, warmup_steps=0)

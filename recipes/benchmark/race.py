@@ -190,6 +190,7 @@ def _alone(plan: Race, repeat: int) -> Iterator[Sample]:
             peak=0,
             parameters=numbers * share.element_size(),
         )
+    dist.destroy_process_group(peers)
 
 
 class _Turn:

@@ -71,3 +71,6 @@ def trained(contender: Contender, load: Load, tau: int) -> Iterator[Trainee]:
     with ExitStack() as stack:
         attached = contender.attach(model, optimizer, tau, stack)
         yield Trainee(load, model, optimizer, attached)
+        if attached.state is not None:
+            # Waits for what is in flight, so that the next state can have the groups of this one.
+            attached.state.state_dict()
