@@ -57,6 +57,9 @@ class Bench:
     """Steps between two averagings."""
     step_ms: float = 300.0
     """Time of a step on the pretend accelerator."""
+    size: float = 1.0
+    """Parameters of the pretend accelerator's model, x 11 million; fewer are less work for the
+    cores beside it."""
     repeats: int = 1
     """How often every contender has its turn in each cell."""
     only: Annotated[
@@ -222,7 +225,7 @@ def main() -> int:
     console = Console(highlight=False)
     # Narrower, and the tables would drop their figures.
     console.width = max(console.width, 112)
-    scale = Scale(step_seconds=bench.step_ms / 1e3)
+    scale = Scale(bench.size, bench.step_ms / 1e3)
     if bench.quick:
         # As few parameters as there are fragments.
         scale = Scale(0.1, 0.01, 1, 20, (2,), 2)

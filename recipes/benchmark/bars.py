@@ -168,16 +168,19 @@ def _kind(name: str) -> str:
 
 
 def _of_islands(cells: Mapping[Cell, Mapping[str, Line]]) -> Iterator[Bar]:
-    multiples, sent = [], []
+    sent = []
     for cell, found in cells.items():
         ours = [line for name, line in found.items() if name.startswith(ISLANDS)]
-        multiples += [line.multiple[0] for line in ours if line.kind == "overlapped"]
+        tau = f", tau={cell.tau}" if cell.tau else ""
+        yield from _bar(
+            f"overlapped with islands{tau}: x no communication between machines",
+            "at most 1.02",
+            [line.multiple[0] for line in ours if line.kind == "overlapped"],
+            3,
+        )
         # The ranks of a machine together, each of which sends its share of the model.
         full = [line for line in ours if "int" not in line.contender]
         sent += _sent(full, cell, cell.ranks // cell.per_node)
-    yield from _bar(
-        "overlapped with islands: x no communication between machines", "at most 1.02", multiples, 3
-    )
     yield from _bar(
         "bytes over a machine's link a round: x 2 (m - 1) / m x the parameters",
         "at most 1.06",

@@ -34,7 +34,8 @@ class Cell:
         ranks = f"{self.ranks} ranks"
         if self.per_node > 1:
             ranks = f"{self.ranks // self.per_node} machines of {self.per_node} ranks"
-        return f"{self.load}, {ranks}, {self.rate}"
+        tau = f", tau={self.tau}" if self.tau else ""
+        return f"{self.load}, {ranks}, {self.rate}{tau}"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ __all__ = ["boundary_table", "overhead_table", "race_table", "shared_table"]
 
 def race_table(cell: Cell, lines: Sequence[Line], tau: int) -> Table:
     """All contenders of a cell."""
-    table = _table(f"{cell.title}, tau={tau}")
+    table = _table(cell.title if cell.tau else f"{cell.title}, tau={tau}")
     # Where the terminal is too narrow names are wrapped, and never a figure cut.
     table.add_column("")
     for heading in (
