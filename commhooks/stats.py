@@ -25,8 +25,9 @@ class Stats:
         seconds_hidden: time communication was in flight while the training thread went on.
         consensus_distance: L2 norm, over the whole model, of this rank's parameters minus the
             vector they were last drawn to (the mean of the models, or the anchor), right before
-            they were drawn to it; with islands, over this rank's share. 0.0 before the first
-            boundary.
+            they were drawn to it; with islands, over this rank's share. Of a fragment of more than
+            65,536 parameters, every k-th is looked at, and the norm estimated from them. 0.0 before
+            the first boundary.
         tau: steps from one launch of a fragment to its next, now.
         relative_drift: how far the workers were apart at the last launch,
             :math:`\sqrt{\frac{1}{m} \sum_i \|x_i - z\|^2} / \|z\|`, where z is what they

@@ -133,6 +133,7 @@ class Engine:
         # A sharded model is shared out already.
         shares = (1, 0) if self._sharded else (layout.size, layout.place)
         cap = cap_bytes / _PIPELINED if compressed else cap_bytes
+        ahead = self.links.shares is not None
         # Of these alone, since what holds the engine would close a cycle.
         make_wire = partial(
             wire_for,
@@ -143,7 +144,7 @@ class Engine:
         self._fragments = [
             Fragment(
                 part,
-                build_buckets(part, cap, *shares, cuttable=rules.elementwise),
+                build_buckets(part, cap, *shares, cuttable=rules.elementwise, ahead=ahead),
                 Schedule(None if rules.overlapped else rules.delay),
                 make_wire,
                 1 if compressed else layout.m,
@@ -657,20 +658,19 @@ class Engine:
             )
         number = self._meter.rounds_launched + 1
         self._reshard()
-        refusal = self._check()
+        refusal = self._check() or fragment.refusal()
+        if mix_first and self._sharing is not None:
+            # If not, nobody in the island mixes, and the round ends in an error on every rank.
+            mix_first = self._sharing.prepare(fragment, self._rules, refusal)
         probes: list[Tensor] = []
         fingerprint: int | Tensor = 0
         report = Report()
         if refusal is None:
-            try:
-                fingerprint = fragment.fingerprint if self._sharing is not None else 0
-                fragment.prepare(self._rules, self._rates)
-                names = ("mix", "contribute") if mix_first else ("contribute",)
-                probes = fragment.sweep(self._rules, *names)
-                report = self._progress.report(fragment, self._rates().values())
-            except RegistrationError as error:
-                # A parameter is not what it was. The other ranks must be told.
-                refusal = str(error)
+            fingerprint = fragment.fingerprint if self._sharing is not None else 0
+            fragment.prepare(self._rules, self._rates)
+            names = ("mix", "contribute") if mix_first else ("contribute",)
+            probes = fragment.sweep(self._rules, *names)
+            report = self._progress.report(fragment, self._rates().values())
         self.links.busy()
         fragment.round = Round(
             self._call.point("a round", number),
@@ -685,14 +685,14 @@ class Engine:
             fingerprint=fingerprint,
             report=report,
             drifts=fragment.drifts,
+            offers=fragment.ahead,
         )
         self._sending.append(fragment.round)
         self._cycle.launched(fragment.schedule)
         self._meter.rounds_launched = number
         self._meter.bytes_reduced += fragment.nbytes
-        if mix_first and self._sharing is not None and self._sharing.all_can(fragment, refusal):
-            self._sharing.put_together(fragment, self._rules)
-        # Else nobody in the island is mixed, and the round ends in an error on every rank.
+        if mix_first and self._sharing is not None:
+            self._sharing.complete(fragment)
 
     @_outside_inference_mode
     def drift(self) -> DriftTable:
@@ -731,11 +731,6 @@ class Engine:
         self._reshard()
         if self._sharing is None:
             fragment.sweep(self._rules, "mix")
-            return
-        refusal = None
-        try:
-            fragment.sweep(self._rules, "mix")
-        except RegistrationError as error:
-            refusal = str(error)
-        self._sharing.land(fragment, self._rules, refusal)
-        self._idle()
+        else:
+            self._sharing.land(fragment, self._rules)
+            self._idle()

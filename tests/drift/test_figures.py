@@ -123,6 +123,9 @@ def test_a_sample_of_a_large_model_is_near() -> None:
         assert stats.relative_drift != whole.relative_drift
         assert stats.relative_drift == pytest.approx(whole.relative_drift, rel=0.5)
         assert stats.agreement == pytest.approx(whole.agreement, rel=0.5)
+        # Nearer than the square root of three, by which a sample's norm is too small.
+        assert stats.consensus_distance != whole.consensus_distance
+        assert stats.consensus_distance == pytest.approx(whole.consensus_distance, rel=0.35)
 
 
 @pytest.mark.parametrize("numel", [1, 2**16, 2**16 + 1, 10**6, 124 * 10**6])

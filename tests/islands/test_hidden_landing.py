@@ -23,6 +23,7 @@ import commhooks
 from commhooks.engine.rounds.fragment import Fragment
 from commhooks.engine.rounds.sharing import Sharing
 from commhooks.engine.rules import Rules, weight_in_background
+from commhooks.engine.vectors.buckets import Bucket
 from commhooks.hyperparameters import Count, Steps
 from tests.cases import ALGORITHMS, Case, with_tau
 from tests.collectives import counted_collectives
@@ -107,6 +108,39 @@ def test_a_launch_that_is_a_landing_too_starts_its_round_alone() -> None:
         (launch, *_), *overlapped = ([step for step in run if step.launched] for run in runs)
         for steps in overlapped:
             assert [step.boundary for step in steps] == [launch.boundary] * 2
+
+
+def offers_of(case: Case) -> list[float]:
+    """In every step's backward, how often a rank computes what it has to give."""
+    honest, calls = Bucket.offer, [0]
+
+    def offer(bucket: Bucket, rules: Rules) -> None:
+        calls[0] += 1
+        honest(bucket, rules)
+
+    Bucket.offer = offer  # type: ignore[assignment, method-assign]
+    trainer = Trainer(case)
+    seen = []
+    for trainer.steps in range(1, 3 * TAU + 1):
+        before = calls[0]
+        trainer.backward()
+        seen.append(calls[0] - before)
+        trainer.optimize()
+        # Ahead of the next backward, whichever thread is told of it.
+        await_arrival(trainer)
+    Bucket.offer = honest  # type: ignore[method-assign]
+    buckets = len(fragment(trainer).buckets)
+    trainer.state.finish()
+    return [number / buckets for number in seen]
+
+
+@pytest.mark.parametrize("case", [BLEND, CARRY, *OVERLAPPED], ids=str)
+def test_what_a_rank_gives_is_computed_when_its_round_arrives(case: Case) -> None:
+    """Not in a later backward, but for what there is before the first round."""
+    expected = [0.0] * (3 * TAU)
+    if case.algorithm != "DiLoCo":
+        expected[1] = 1.0
+    assert run_ranks(offers_of, 4, case) == [expected] * 4
 
 
 # Ranks that are not ready at the same time.

@@ -1,4 +1,4 @@
-"""How far the workers' models move apart between two rounds, measured where they meet anyway."""
+"""How far a worker's parameters are from the others', measured where they are read anyway."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def stride_for(numel: int) -> int:
 class Drift:
     """Squared norms over one bucket, of every k-th number, as scalars.
 
-    z is what all workers have in common before a launch, x the worker's parameters, and c what it
-    contributes. Where the wire holds z, the launch overwrites it, so some of it is kept.
+    z is what all workers have in common before a launch, or what a landing draws to; x are the
+    worker's parameters before either, and c is what it contributes. Where the wire holds z, a
+    launch overwrites it, so some of it is kept.
 
     Args:
         bucket: the parameters.
@@ -37,9 +38,9 @@ class Drift:
         stride: k.
 
     Attributes:
-        length: ||z||^2 at the last launch.
-        apart: ||x - z||^2.
-        moved: ||c - z||^2.
+        length: ||z||^2 at the last launch or landing.
+        apart: ||x - z||^2 then.
+        moved: ||c - z||^2 at the last launch.
     """
 
     def __init__(self, bucket: Bucket, reference: str, *, differences: bool, stride: int) -> None:
@@ -55,7 +56,7 @@ class Drift:
         self._chunk = self._at = 0
 
     def begin(self) -> None:
-        """A launch begins."""
+        """A launch or a landing begins."""
         self._chunk = self._at = 0
         self._z.copy_(self._picked_of(self._reference))
 
@@ -72,14 +73,17 @@ class Drift:
         _, numbers, room = self._picked[number]
         room.copy_(numbers)
 
-    def end(self, divisor: int) -> None:
-        """The rules have been applied.
-
-        Args:
-            divisor: what they contribute has been divided by it.
-        """
+    def compare(self) -> None:
+        """All chunks have been seen."""
         self.length = squared_norm(self._z)
         self.apart = squared_norm(self._x.sub_(self._z))
+
+    def contributed(self, divisor: int) -> None:
+        """The rules have written what is sent.
+
+        Args:
+            divisor: it has been divided by that.
+        """
         torch.mul(self._picked_of("wire"), divisor, out=self._x)
         self.moved = self._move()
 

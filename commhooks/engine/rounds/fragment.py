@@ -22,7 +22,8 @@ from commhooks.engine.rounds.schedule import Schedule
 from commhooks.engine.rules import Kept, Part, Rules, weight_in_background
 from commhooks.engine.vectors.buckets import Bucket
 from commhooks.engine.vectors.chunks import Gathered
-from commhooks.engine.vectors.devices import HostCopy, finiteness, squared_norm
+from commhooks.engine.vectors.devices import HostCopy, finiteness
+from commhooks.errors import RegistrationError
 
 __all__ = ["Fragment"]
 
@@ -76,6 +77,7 @@ class Fragment:
         self.findings: Findings | None = None
         self._newer: Findings | None = None
         self.round_seconds = 0.0
+        self._offered = False
         self._moved_before: float | Tensor = 0.0
         self._together_before = 0.0
         self._stride = stride_for(sum(bucket.length for bucket in self.buckets))
@@ -92,6 +94,11 @@ class Fragment:
         """A number that ranks with the same parameters, bit for bit, have in common."""
         sums = [bucket.fingerprint().to(self.device) for bucket in self.buckets]
         return torch.stack(sums).sum() if sums else 0
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the ranks of an island put their shares together ahead of a landing."""
+        return any(bucket.ahead for bucket in self.buckets)
 
     @property
     def nbytes(self) -> int:
@@ -285,56 +292,59 @@ class Fragment:
         for bucket in self.buckets:
             bucket.refresh()
 
+    def refusal(self) -> str | None:
+        """Why a sweep is not possible, if it is not."""
+        try:
+            self.refresh()
+        except RegistrationError as error:
+            return str(error)
+        return None
+
     def sweep(self, rules: Rules, *names: str) -> list[Tensor]:
         """Apply rules to the model, chunk by chunk; ``mix`` alone writes to the parameters.
 
         What ``contribute`` writes is made ready to be sent, while it still lies in the cache.
 
-        Where the ranks of an island share it out, nothing does: :meth:`mix_in` writes what they
-        have put together, of which this rank has its share in the buckets' ``common`` now.
+        Where the ranks of an island share the model out, ``mix`` takes what they have put together
+        ahead of it; else this rank's share of what becomes of x is in ``common`` now, and nothing
+        is written before they have put that together.
 
         Returns:
             Scalars that are NaN or inf if a parameter is, or if what would be sent has no meaning.
         """
         # It may raise, and must not once a part of the model is mixed.
         self.refresh()
-        weight = self._weight(rules)
-        if "mix" in names and weight is not None and not self.gathered:
-            self.drop_gathering()
-            self.offer(rules)
+        weight = self.weight_ahead(rules)
         mixing, launching = "mix" in names, "contribute" in names
         dividing = launching and self._divisor > 1
         probes: list[Tensor] = []
-        squares: list[Tensor] = []
         with torch.no_grad(), record_function(f"commhooks::{'+'.join(names)}"):
             for bucket, drift, wire in zip(self.buckets, self.drifts, self.wires, strict=True):
-                if launching:
-                    drift.begin()
+                drift.begin()
                 for chunk in bucket.gathered():
-                    x, vectors = chunk.x, chunk.vectors
-                    probes.append(finiteness(x))
-                    if launching:
-                        drift.before(chunk)
-                    if mixing:
-                        difference = torch.sub(x, vectors[rules.reference], out=chunk.spare)
-                        squares.append(squared_norm(difference))
+                    probes.append(finiteness(chunk.x))
+                    drift.before(chunk)
                     for name in names:
                         if name == "mix" and weight is not None:
-                            _mix_copy(rules, weight, chunk)
+                            _mix_ahead(rules, weight, chunk)
                         else:
-                            getattr(rules, name)(x=x, **vectors)
+                            getattr(rules, name)(x=chunk.x, **chunk.vectors)
                     if dividing:
                         # Divided before the sum, which then overflows where the mean does.
-                        vectors["wire"].mul_(1.0 / self._divisor)
-                    if mixing and chunk.common is None:
+                        chunk.vectors["wire"].mul_(1.0 / self._divisor)
+                    if mixing and bucket.copied:
+                        chunk.offer()
+                    elif mixing:
                         chunk.write_back()
-                    elif mixing and chunk.common is not None and weight is None:
-                        chunk.common.copy_(x)
+                if mixing and weight is not None:
+                    bucket.mix_in_rest(weight)
+                drift.compare()
                 if launching:
-                    drift.end(self._divisor)
+                    drift.contributed(self._divisor)
                     probes += wire.encode()
-            if mixing:
-                self.squared_distance = HostCopy(total(squares, self.device))
+        if mixing:
+            self._offered, self.gathering = False, None
+            self.squared_distance = HostCopy(self._squared([d.apart for d in self.drifts]))
         return probes
 
     def report(self, *, shared: bool) -> Report:
@@ -344,14 +354,10 @@ class Fragment:
             shared: whether it has a share of an island's model. Then it knows how far all workers
                 have moved together on its share alone, and tells so with the next round.
         """
-
-        def squared(parts: list[Tensor]) -> Tensor:
-            return total(parts, self.device) * self._stride
-
         report = Report(
-            apart=squared([drift.apart for drift in self.drifts]),
-            length=squared([drift.length for drift in self.drifts]),
-            moved=squared([drift.moved for drift in self.drifts]),
+            apart=self._squared([drift.apart for drift in self.drifts]),
+            length=self._squared([drift.length for drift in self.drifts]),
+            moved=self._squared([drift.moved for drift in self.drifts]),
             round_seconds=self.round_seconds,
         )
         if shared:
@@ -359,8 +365,13 @@ class Fragment:
             report.moved, report.together = moved, self._together_before
         return report
 
+    def _squared(self, norms: list[Tensor]) -> Tensor:
+        """A squared norm of the whole fragment, from those of the numbers that were looked at."""
+        return total(norms, self.device) * self._stride
+
     def found(self, finished: Round, islands: Sequence[Sequence[int]]) -> None:
         """Take note of what the ranks have told with a round that has been waited for."""
+        self._offered = finished.offers
         self._together_before = finished.together * self._stride
         self._newer = findings_of(finished.reports, islands, self._together_before)
         self.round_seconds = finished.arrived.seconds_since(finished.launched)
@@ -381,26 +392,20 @@ class Fragment:
         return self.gathering is not None and self.gathering.in_flight
 
     def offer(self, rules: Rules) -> None:
-        """Write b of x <- c x + b to the buckets' ``common``, in this rank's share.
-
-        That is what ``mix`` makes of zeros; the vectors stay as they are.
-        """
+        """See to it that the buckets' ``common`` holds what this rank has to give for a landing."""
         if self.round is not None:
-            # It has arrived, and so it only orders streams.
+            # It has offered its result when that arrived, and so this only orders streams.
             self.round.wait()
-        with torch.no_grad(), record_function("commhooks::offer"):
+        elif not self._offered:
             for bucket in self.buckets:
-                for chunk in bucket.chunks():
-                    assert chunk.common is not None
-                    wire = chunk.spare.copy_(chunk.vectors["wire"])
-                    rules.mix(x=chunk.common.zero_(), **{**chunk.vectors, "wire": wire})
+                bucket.offer(rules)
+        self._offered = True
 
-    def mix_in(self, rules: Rules) -> None:
-        """Write what the ranks of an island have put together to the parameters."""
+    def take_common(self) -> None:
+        """Write what the ranks of an island have put together behind a sweep to the parameters."""
         self.gathering = None
-        with torch.no_grad(), record_function("commhooks::mix_in"):
-            for bucket in self.buckets:
-                bucket.mix_in(self._weight(rules) or 0.0)
+        for bucket in self.buckets:
+            bucket.take_common()
 
     def drop_gathering(self) -> None:
         """Forget what has been gathered, which all ranks do."""
@@ -412,20 +417,20 @@ class Fragment:
 
     def _outdate(self) -> None:
         """The vectors are replaced; the ranks find out together, see :class:`Sharing`."""
+        self._offered = False
         if self.gathering is not None:
             self.gathering.outdated = True
 
-    def _weight(self, rules: Rules) -> float | None:
-        shared = any(bucket.shared for bucket in self.buckets)
-        return weight_in_background(rules) if shared else None
+    def weight_ahead(self, rules: Rules) -> float | None:
+        """That of x, where the ranks of an island put together the rest ahead of a landing."""
+        return weight_in_background(rules) if self.ahead else None
 
 
-def _mix_copy(rules: Rules, weight: float, chunk: Gathered) -> None:
-    """Mix a copy, to the same bits as :meth:`Bucket.mix_in`; the vectors end as ``mix`` ends them.
+def _mix_ahead(rules: Rules, weight: float, chunk: Gathered) -> None:
+    """Mix to the same bits as the other ranks do; the vectors end as ``mix`` ends them.
 
     ``contribute`` may need both.
     """
-    assert chunk.common is not None
-    mixed = torch.mul(chunk.x, weight, out=chunk.spare).add_(chunk.common)
+    mixed = chunk.blend(weight, out=chunk.spare)
     rules.mix(x=chunk.x, **chunk.vectors)
     chunk.x.copy_(mixed)

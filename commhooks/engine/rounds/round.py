@@ -38,6 +38,7 @@ class Round:
 
     Attributes:
         launched, arrived: when the first collective was started and the last chain had run.
+        offers: as given.
 
     Args:
         point: what the ranks must agree on; its number is the round's.
@@ -53,6 +54,7 @@ class Round:
             same.
         report: what this rank tells the others.
         drifts: one a bucket, which have taken note of the launch.
+        offers: whether the ranks of an island gather what this round gives ahead of its landing.
     """
 
     def __init__(
@@ -70,12 +72,15 @@ class Round:
         fingerprint: int | Tensor = 0,
         report: Report,
         drifts: Sequence[Drift],
+        offers: bool = False,
     ) -> None:
         self.number = point.number
+        self.offers = offers
         self._together: list[HostCopy] = []
         self._links = links
         self._rules = rules
         self._kept = kept
+        self._buckets = buckets
         self._failures: list[str] = []
         self._futures: list[torch.futures.Future[Tensor]] = []
         self._second_shots: deque[tuple[Bucket, Drift, Wire, torch.futures.Future[Any]]] = deque()
@@ -212,6 +217,9 @@ class Round:
                 values: list[Tensor] = [each.value() for each in together.value()]
                 with record_function("commhooks::arrive"):
                     self._rules.arrive(kept)
+                if self.offers:
+                    for bucket in self._buckets:
+                        bucket.offer(self._rules)
             except Exception as error:
                 self._failures.append(str(error))
                 raise
@@ -232,6 +240,8 @@ class Round:
                     self._together.append(drift.together())
                     for vectors in bucket.slices:
                         self._rules.chain(**vectors)
+                    if self.offers and self._kept is None:
+                        bucket.offer(self._rules)
             except Exception as error:
                 # The future would wrap this in C++ stack frames; `wait` reports the plain text.
                 self._failures.append(str(error))

@@ -16,7 +16,6 @@ from commhooks.engine.rounds.gathering import Gathering
 from commhooks.engine.rounds.leader import Leader
 from commhooks.engine.rules import Rules
 from commhooks.engine.steps.optimizers import OptimizerWatch
-from commhooks.errors import RegistrationError
 
 __all__ = ["Sharing"]
 
@@ -25,10 +24,10 @@ class Sharing:
     """The landing of fragments that the ranks of an island share out.
 
     Nothing is written to the parameters before all of it is there. Where a round lands later than
-    at once, that is gathered in the background, and nobody waits at the landing. The ranks agree in
-    every backward on what to gather, with the ticket that they exchange anyway, and start at its
-    end: so they all start the same, in the same order, and only what all of them can use. What is
-    not started by the landing is gathered there.
+    at once, that is gathered ahead, in the background, and nobody waits at the landing. The ranks
+    agree in every backward on what to gather, with the ticket that they exchange anyway, and start
+    at its end: so they all start the same, in the same order, and only what all of them can use.
+    What is not started by the landing is gathered there.
 
     Args:
         links: the ranks.
@@ -106,12 +105,8 @@ class Sharing:
         """
         if not self._leader.needed:
             return
-        refusal = None
-        try:
-            for fragment in fragments:
-                fragment.refresh()
-        except RegistrationError as error:
-            refusal = str(error)
+        refusals = [fragment.refusal() for fragment in fragments]
+        refusal = next(filter(None, refusals), None)
         if not self._meet(refusal):
             self._refuse(refusal)
         try:
@@ -152,34 +147,50 @@ class Sharing:
 
     # At a landing.
 
-    def all_can(self, fragment: Fragment, refusal: str | None) -> bool:
-        """Whether no rank of the island has a refusal. Collective there.
+    def prepare(self, fragment: Fragment, rules: Rules, refusal: str | None) -> bool:
+        """Before a sweep that mixes: see to it that what that takes is there. Collective there.
 
-        Of what has been gathered, all ranks have said so before. A refusal that has come up since
-        is this rank's own matter; the others hear of it with its next ticket.
+        Of what has been gathered, all ranks have said before that they can use it. A refusal that
+        has come up since is this rank's own matter; the others hear of it with its next ticket.
+
+        Returns:
+            Whether no rank of the island has a refusal, so that all may mix.
 
         Raises:
             RoundError: they are not at the same point, or a rank is gone.
         """
-        return refusal is None if fragment.gathered else self._meet(refusal)
+        if fragment.gathered and refusal is not None:
+            return False
+        if not fragment.gathered:
+            if not self._meet(refusal):
+                return False
+            fragment.drop_gathering()
+        if fragment.ahead:
+            fragment.offer(rules)
+            self._wait(self._start(fragment))
+        return True
 
-    def land(self, fragment: Fragment, rules: Rules, refusal: str | None) -> None:
-        """Mix in what the ranks have put together. Collective in the island.
+    def complete(self, fragment: Fragment) -> None:
+        """Behind such a sweep: write what the ranks have to put together only now."""
+        if not fragment.ahead:
+            self._wait(self._start(fragment))
+            fragment.take_common()
+
+    def land(self, fragment: Fragment, rules: Rules) -> None:
+        """A round lands, and none is launched. Collective in the island.
 
         Raises:
             RoundError: a rank has a refusal, they are not at the same point, or one is gone.
         """
-        if not self.all_can(fragment, refusal):
-            if fragment.gathered:
-                assert refusal is not None
-                self._call.fail_alone(refusal)
+        refusal, gathered = fragment.refusal(), fragment.gathered
+        if self.prepare(fragment, rules, refusal):
+            fragment.sweep(rules, "mix")
+            self.complete(fragment)
+        elif gathered:
+            assert refusal is not None
+            self._call.fail_alone(refusal)
+        else:
             self._refuse(refusal)
-        self.put_together(fragment, rules)
-
-    def put_together(self, fragment: Fragment, rules: Rules) -> None:
-        """The same, where :meth:`all_can` has been asked."""
-        self._wait(self._start(fragment))
-        fragment.mix_in(rules)
 
     def _meet(self, refusal: str | None) -> bool:
         """Whether no rank of the island has a refusal. Collective there."""
@@ -215,9 +226,7 @@ class Sharing:
 
 
 def _is_ready(fragment: Fragment) -> bool:
-    try:
-        fragment.refresh()
-    except RegistrationError:
+    if fragment.refusal() is not None:
         # Told at the landing, where the ranks can say why.
         return False
     if fragment.gathering is not None:

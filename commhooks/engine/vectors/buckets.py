@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
+from commhooks.engine.rules import Rules
 from commhooks.engine.vectors.chunks import Chunk, Gathered, Scratch, cut, is_dense, real, window
 from commhooks.engine.vectors.devices import accumulation_dtype, chunk_numel
 from commhooks.errors import RegistrationError
 
 __all__ = ["Bucket", "build_buckets"]
+
+_NONE: Mapping[str, Tensor] = {}
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -24,16 +28,19 @@ class Bucket:
     parameters copy as fast as others; ranks must agree on strides, and registration checks it.
 
     The ranks of an island share a bucket out: each has vectors of its share alone, writes what
-    comes of that to :attr:`common`, and takes the rest from the others.
+    comes of that to :attr:`common`, and takes the rest from the others. Where they do so ahead of a
+    landing, the landing is computed in place; else on copies, since nothing may be written before
+    all of it is there.
 
     Args:
         tensors: what lies in the bucket, in order.
         scratch: where chunks are computed.
         edges: where the shares begin, and where the last one ends.
         share: the number of this rank's.
+        ahead: whether the shares are put together ahead of a landing.
 
     Attributes:
-        edges: as given.
+        edges, ahead: as given.
         start, stop: where this rank's share lies.
         numel: length of the bucket.
         length: length of the share, and so of the vectors.
@@ -50,8 +57,11 @@ class Bucket:
         scratch: Scratch,
         edges: Sequence[int] | None = None,
         share: int = 0,
+        *,
+        ahead: bool = False,
     ) -> None:
         self.tensors = list(tensors)
+        self.ahead = ahead
         self.device = tensors[0].device
         self.dtype = accumulation_dtype(tensors[0].dtype)
         self.numel = sum(real(tensor).numel() for tensor in tensors)
@@ -66,11 +76,17 @@ class Bucket:
         self._addresses: list[int] = []
         self._chunks: list[Chunk] = []
         self._gathered: list[Gathered] = []
+        self._rest: list[Gathered] = []
 
     @property
     def shared(self) -> bool:
         """Whether it is shared out."""
         return len(self.edges) > 2
+
+    @property
+    def copied(self) -> bool:
+        """Whether a landing is computed on copies."""
+        return self.shared and not self.ahead
 
     @property
     def nbytes(self) -> int:
@@ -95,22 +111,16 @@ class Bucket:
 
     def release(self) -> None:
         """Let go of the flat vectors."""
-        self.vectors, self.slices, self._addresses, self._gathered = {}, [], [], []
+        self.vectors, self.slices, self._addresses = {}, [], []
+        self._gathered, self._rest = [], []
         self.common = None
 
     def gathered(self) -> Iterator[Gathered]:
-        """Go through the share chunk by chunk; chunks share their scratch vectors.
-
-        Where the bucket is shared out, they hold copies.
-        """
-        for chunk in self.chunks():
+        """Go through the share chunk by chunk; chunks share their scratch vectors."""
+        self.refresh()
+        for chunk in self._gathered:
             chunk.gather()
             yield chunk
-
-    def chunks(self) -> Sequence[Gathered]:
-        """The same, with whatever is in the scratch vectors."""
-        self.refresh()
-        return self._gathered
 
     def gather_share(self, flat: Tensor) -> None:
         """Copy the share into ``flat``, of length :attr:`length`."""
@@ -130,22 +140,31 @@ class Bucket:
         for chunk in self._chunks:
             torch._foreach_copy_(chunk.pieces, chunk.views(flat[chunk.start : chunk.stop]))
 
-    def mix_in(self, weight: float) -> None:
-        """x <- weight x + :attr:`common` for all of x, with the same bits on all ranks.
+    def offer(self, rules: Rules) -> None:
+        """Write b of x <- c x + b, what ``mix`` makes of zeros, to the share of :attr:`common`.
 
-        What is done to a number does not depend on how its rank cuts the shares: a product and a
-        sum, each rounded, and not a ``lerp`` or a sum with a factor, of which a CPU may round the
-        last numbers of a chunk in another way than the others.
+        The vectors stay as they are. No scratch is used, since this may run beside other rules.
         """
         assert self.common is not None
-        if weight == 0:
-            self.scatter(self.common)
-            return
-        for chunk in self._chunks:
-            whole = Gathered(chunk, self._scratch, {})
-            whole.gather()
-            whole.x.mul_(weight).add_(self.common[chunk.start : chunk.stop])
-            whole.write_back()
+        begin = self.start
+        with torch.no_grad(), record_function("commhooks::offer"):
+            for vectors in self.slices:
+                wire = vectors["wire"].clone()
+                offered = self.common[begin : begin + len(wire)]
+                rules.mix(x=offered.zero_(), **{**vectors, "wire": wire})
+                begin += len(wire)
+
+    def mix_in_rest(self, weight: float) -> None:
+        """x <- weight x + :attr:`common` for all that lies in the shares of other ranks."""
+        for chunk in self._rest:
+            chunk.gather()
+            chunk.blend(weight, out=chunk.x)
+            chunk.write_back()
+
+    def take_common(self) -> None:
+        """x <- :attr:`common`."""
+        assert self.common is not None
+        self.scatter(self.common)
 
     def swap(self, flat: Tensor) -> None:
         """Exchange the tensors' numbers with those in ``flat``, of length :attr:`numel`.
@@ -198,18 +217,24 @@ class Bucket:
                     f"{described} to {_describe(tensor)} after registration; convert the model "
                     "before wrapping it in DistributedDataParallel."
                 )
-        limit = chunk_numel(self.device)
-        self._chunks = mine = list(cut(self.tensors, limit))
-        common = None
-        if self.shared:
-            mine = list(
-                cut([part for _, part in window(self.tensors, self.start, self.stop)], limit)
-            )
-            if self.common is None:
-                self.common = torch.empty(self.numel, dtype=self.dtype, device=self.device)
-            common = self.common[self.start : self.stop]
-        self._gathered = [Gathered(chunk, self._scratch, self.vectors, common) for chunk in mine]
+        self._chunks = list(cut(self.tensors, chunk_numel(self.device)))
+        if self.shared and self.common is None:
+            self.common = torch.empty(self.numel, dtype=self.dtype, device=self.device)
+        self._gathered = self._stretch(self.start, self.stop, self.vectors)
+        if self.ahead:
+            self._rest = [*self._stretch(0, self.start), *self._stretch(self.stop, self.numel)]
         self._addresses = addresses
+
+    def _stretch(
+        self, start: int, stop: int, vectors: Mapping[str, Tensor] = _NONE
+    ) -> list[Gathered]:
+        """The chunks between two numbers; ``vectors`` are as long."""
+        parts = [part for _, part in window(self.tensors, start, stop)]
+        common = None if self.common is None else self.common[start:stop]
+        return [
+            Gathered(chunk, self._scratch, vectors, common, copied=self.copied)
+            for chunk in cut(parts, chunk_numel(self.device))
+        ]
 
 
 def build_buckets(
@@ -219,6 +244,7 @@ def build_buckets(
     share: int = 0,
     *,
     cuttable: bool = True,
+    ahead: bool = False,
 ) -> list[Bucket]:
     """Group tensors by device and averaging format, then pack them in order up to ``cap_bytes``.
 
@@ -230,17 +256,19 @@ def build_buckets(
         shares: how many ranks share each bucket out.
         share: the number of this one's.
         cuttable: whether a tensor may lie in several shares; if not, every bucket is one rank's.
+        ahead: whether the shares are put together ahead of a landing.
     """
+    make = partial(Bucket, share=share, ahead=ahead)
     tensors = [tensor for tensor in tensors if tensor.numel()]
     if cuttable or shares == 1:
-        return _build(tensors, cap_bytes * shares, partial(_even, shares=shares), share)
+        return _build(tensors, cap_bytes * shares, partial(_even, shares=shares), make)
     dealt: list[list[Tensor]] = [[] for _ in range(shares)]
     for tensor in tensors:
         min(dealt, key=lambda mine: sum(each.numel() for each in mine)).append(tensor)
     buckets = []
     for owner, mine in enumerate(dealt):
         edges = partial(_all_of_one, owner=owner, shares=shares)
-        buckets += _build(mine, cap_bytes, edges, share)
+        buckets += _build(mine, cap_bytes, edges, make)
     return buckets
 
 
@@ -248,7 +276,7 @@ def _build(
     tensors: Sequence[Tensor],
     cap_bytes: float,
     edges: Callable[[Sequence[Tensor]], list[int]],
-    share: int,
+    make: Callable[[Sequence[Tensor], Scratch, Sequence[int]], Bucket],
 ) -> list[Bucket]:
     # In order of first appearance, so that every rank gets the same order whatever its device is.
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
@@ -264,7 +292,7 @@ def _build(
         # A share may put together what the whole has apart, up to the limit.
         largest = max(sum(real(tensor).numel() for tensor in part) for part in packed)
         scratch = Scratch(max(longest, min(limit or 0, largest)), dtype, device)
-        buckets.extend(Bucket(part, scratch, edges(part), share) for part in packed)
+        buckets.extend(make(part, scratch, edges(part)) for part in packed)
     return buckets
 
 

@@ -124,8 +124,8 @@ class Gathered:
         chunk: where the numbers are.
         scratch: room to compute in.
         vectors: a bucket's vectors, by name.
-        common: the bucket's common vector from where this rank's share of it begins; ``x`` is then
-            always a copy.
+        common: what the ranks of an island put together, from where the chunk's stretch begins.
+        copied: whether ``x`` is a copy even where the numbers lie flat.
 
     Attributes:
         x: the numbers, flat; a copy, or themselves.
@@ -140,6 +140,8 @@ class Gathered:
         scratch: Scratch,
         vectors: Mapping[str, Tensor],
         common: Tensor | None = None,
+        *,
+        copied: bool = False,
     ) -> None:
         self.x, self.spare = scratch.rows(chunk.stop - chunk.start)
         self.vectors = {name: flat[chunk.start : chunk.stop] for name, flat in vectors.items()}
@@ -148,7 +150,7 @@ class Gathered:
         first = chunk.pieces[0]
         self.common = None if common is None else common[chunk.start : chunk.stop]
         flat = len(chunk.pieces) == 1 and first.is_contiguous() and first.dtype == self.x.dtype
-        if flat and common is None:
+        if flat and not copied:
             self.x = first.view(-1)
         else:
             self._views = chunk.views(self.x)
@@ -162,3 +164,20 @@ class Gathered:
         """Copy ``x`` to where it came from."""
         if self._views is not None:
             torch._foreach_copy_(self._pieces, self._views)
+
+    def offer(self) -> None:
+        """Copy ``x`` to :attr:`common`."""
+        assert self.common is not None
+        self.common.copy_(self.x)
+
+    def blend(self, weight: float, out: Tensor) -> Tensor:
+        """weight x + :attr:`common`, in ``out``, to the same bits on all ranks.
+
+        What becomes of a number does not depend on how its rank cuts the shares: a product and a
+        sum, each rounded, and not a ``lerp`` or a sum with a factor, of which a CPU may round the
+        last numbers of a chunk in another way than the others.
+        """
+        assert self.common is not None
+        if weight == 0:
+            return out.copy_(self.common)
+        return torch.mul(self.x, weight, out=out).add_(self.common)
