@@ -685,7 +685,6 @@ class Engine:
             fingerprint=fingerprint,
             report=report,
             drifts=fragment.drifts,
-            offers=fragment.ahead,
         )
         self._sending.append(fragment.round)
         self._cycle.launched(fragment.schedule)

@@ -48,8 +48,8 @@ class Rules:
     The engine keeps the flat vectors an algorithm asks for, and calls its elementwise rules with
     equally long 1-D slices of them, by keyword: ``x`` (this rank's parameters), ``wire`` (the
     vector that is all-reduced) and one tensor for every name in :attr:`vectors`. They must be
-    elementwise, since the engine chooses how to cut the model, and in place, since nothing is
-    allocated after the first round.
+    elementwise, since the engine chooses how to cut the model, and in place, so that no memory of a
+    model's size is asked for after the first round.
 
     When the engine calls which rule::
 
@@ -121,7 +121,9 @@ class Rules:
         """c, where ``mix`` is x <- c x + b and b is made of the vectors alone; None if it is not.
 
         b is then gathered inside an island ahead of the landing, in the background. ``mix`` may
-        write to no vector but the wire. A class that overrides ``mix`` has to say this anew.
+        write to no vector but the wire. It is called with zeros for ``x`` where a round arrives,
+        off the training thread and for several buckets at once, and so it may keep nothing on the
+        object. A class that overrides ``mix`` has to say this anew.
         """
         return None
 

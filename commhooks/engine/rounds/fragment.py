@@ -314,7 +314,8 @@ class Fragment:
         """
         # It may raise, and must not once a part of the model is mixed.
         self.refresh()
-        weight = self.weight_ahead(rules)
+        # Of x, where the ranks of an island have put together the rest.
+        weight = weight_in_background(rules) if self.ahead else None
         mixing, launching = "mix" in names, "contribute" in names
         dividing = launching and self._divisor > 1
         probes: list[Tensor] = []
@@ -336,12 +337,12 @@ class Fragment:
                         chunk.offer()
                     elif mixing:
                         chunk.write_back()
-                if mixing and weight is not None:
-                    bucket.mix_in_rest(weight)
                 drift.compare()
                 if launching:
                     drift.contributed(self._divisor)
                     probes += wire.encode()
+                if mixing and weight is not None:
+                    bucket.mix_in_rest(weight)
         if mixing:
             self._offered, self.gathering = False, None
             self.squared_distance = HostCopy(self._squared([d.apart for d in self.drifts]))
@@ -371,7 +372,7 @@ class Fragment:
 
     def found(self, finished: Round, islands: Sequence[Sequence[int]]) -> None:
         """Take note of what the ranks have told with a round that has been waited for."""
-        self._offered = finished.offers
+        self._offered = True
         self._together_before = finished.together * self._stride
         self._newer = findings_of(finished.reports, islands, self._together_before)
         self.round_seconds = finished.arrived.seconds_since(finished.launched)
@@ -399,7 +400,7 @@ class Fragment:
         elif not self._offered:
             for bucket in self.buckets:
                 bucket.offer(rules)
-        self._offered = True
+            self._offered = True
 
     def take_common(self) -> None:
         """Write what the ranks of an island have put together behind a sweep to the parameters."""
@@ -420,10 +421,6 @@ class Fragment:
         self._offered = False
         if self.gathering is not None:
             self.gathering.outdated = True
-
-    def weight_ahead(self, rules: Rules) -> float | None:
-        """That of x, where the ranks of an island put together the rest ahead of a landing."""
-        return weight_in_background(rules) if self.ahead else None
 
 
 def _mix_ahead(rules: Rules, weight: float, chunk: Gathered) -> None:

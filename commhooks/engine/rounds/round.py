@@ -38,7 +38,6 @@ class Round:
 
     Attributes:
         launched, arrived: when the first collective was started and the last chain had run.
-        offers: as given.
 
     Args:
         point: what the ranks must agree on; its number is the round's.
@@ -54,7 +53,6 @@ class Round:
             same.
         report: what this rank tells the others.
         drifts: one a bucket, which have taken note of the launch.
-        offers: whether the ranks of an island gather what this round gives ahead of its landing.
     """
 
     def __init__(
@@ -72,10 +70,8 @@ class Round:
         fingerprint: int | Tensor = 0,
         report: Report,
         drifts: Sequence[Drift],
-        offers: bool = False,
     ) -> None:
         self.number = point.number
-        self.offers = offers
         self._together: list[HostCopy] = []
         self._links = links
         self._rules = rules
@@ -217,13 +213,14 @@ class Round:
                 values: list[Tensor] = [each.value() for each in together.value()]
                 with record_function("commhooks::arrive"):
                     self._rules.arrive(kept)
-                if self.offers:
-                    for bucket in self._buckets:
+                for bucket in self._buckets:
+                    if bucket.ahead:
                         bucket.offer(self._rules)
             except Exception as error:
                 self._failures.append(str(error))
                 raise
             self.arrived = Moment(self._device)
+            keep_for_this_stream(each for bucket in self._buckets for each in bucket.memory)
             return values[0]
 
         return arrive
@@ -240,14 +237,14 @@ class Round:
                     self._together.append(drift.together())
                     for vectors in bucket.slices:
                         self._rules.chain(**vectors)
-                    if self.offers and self._kept is None:
+                    if bucket.ahead and self._kept is None:
                         bucket.offer(self._rules)
             except Exception as error:
                 # The future would wrap this in C++ stack frames; `wait` reports the plain text.
                 self._failures.append(str(error))
                 raise
             self.arrived = Moment(wire.device)
-            keep_for_this_stream(bucket.vectors.values())
+            keep_for_this_stream(bucket.memory)
             # A CUDA future records the tensors it holds on the streams that wait for it.
             return wire
 

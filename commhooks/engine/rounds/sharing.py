@@ -137,7 +137,7 @@ class Sharing:
         """
         for fragment in self._fragments:
             if fragment.gathers:
-                self._wait(self._start(fragment))
+                self._put_together(fragment)
 
     @property
     def _awaited(self) -> list[Fragment]:
@@ -159,21 +159,25 @@ class Sharing:
         Raises:
             RoundError: they are not at the same point, or a rank is gone.
         """
-        if fragment.gathered and refusal is not None:
-            return False
-        if not fragment.gathered:
-            if not self._meet(refusal):
+        if fragment.gathered:
+            if refusal is not None:
                 return False
+        elif self._meet(refusal):
             fragment.drop_gathering()
+        else:
+            return False
         if fragment.ahead:
-            fragment.offer(rules)
-            self._wait(self._start(fragment))
+            try:
+                fragment.offer(rules)
+            except Exception as error:  # noqa: BLE001 - rules may raise anything
+                self._call.fail_alone(str(error))
+            self._put_together(fragment)
         return True
 
     def complete(self, fragment: Fragment) -> None:
         """Behind such a sweep: write what the ranks have to put together only now."""
         if not fragment.ahead:
-            self._wait(self._start(fragment))
+            self._put_together(fragment)
             fragment.take_common()
 
     def land(self, fragment: Fragment, rules: Rules) -> None:
@@ -214,9 +218,9 @@ class Sharing:
             fragment.gathering = Gathering(group, fragment.buckets, fragment.common)
         return fragment.gathering
 
-    def _wait(self, gathering: Gathering) -> None:
+    def _put_together(self, fragment: Fragment) -> None:
         try:
-            gathering.wait()
+            self._start(fragment).wait()
         except RuntimeError as error:
             self._fail(str(error))
 

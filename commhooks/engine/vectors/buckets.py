@@ -94,6 +94,11 @@ class Bucket:
         return self.length * self.dtype.itemsize
 
     @property
+    def memory(self) -> list[Tensor]:
+        """All that rules write to besides the parameters."""
+        return [*self.vectors.values(), *([] if self.common is None else [self.common])]
+
+    @property
     def owned(self) -> list[Tensor]:
         """The tensors of which some lies in the share."""
         return [tensor for tensor, _ in window(self.tensors, self.start, self.stop)]
@@ -102,7 +107,7 @@ class Bucket:
         """Make zeroed flat vectors of the given names."""
         for name in names:
             self.vectors[name] = torch.zeros(self.length, dtype=self.dtype, device=self.device)
-        limit = chunk_numel(self.device) or self.length
+        limit = chunk_numel(self.device) or max(1, self.length)
         self.slices = [
             {name: flat[start : start + limit] for name, flat in self.vectors.items()}
             for start in range(0, self.length, limit)
@@ -157,7 +162,8 @@ class Bucket:
     def mix_in_rest(self, weight: float) -> None:
         """x <- weight x + :attr:`common` for all that lies in the shares of other ranks."""
         for chunk in self._rest:
-            chunk.gather()
+            if weight:
+                chunk.gather()
             chunk.blend(weight, out=chunk.x)
             chunk.write_back()
 

@@ -55,6 +55,8 @@ def finiteness(x: Tensor) -> Tensor:
     if x.device.type == "cpu":
         plain = x.sum()
         return plain if math.isfinite(plain.item()) else (x * 0).sum()
+    if not x.numel():
+        return x.new_zeros(())
     smallest, largest = torch.aminmax(x)
     probe: Tensor = smallest * 0 + largest * 0
     return probe
