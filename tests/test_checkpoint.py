@@ -111,9 +111,8 @@ def test_counters_go_on_where_gradients_are_averaged() -> None:
     for before, after in run_ranks(averaged_bytes, 3, Case("AllReduce")):
         assert before.step == after.step == 4
         assert before.bytes_reduced == after.bytes_reduced == 4 * 66 * 4
-        # Whether it was over before the backward was, is the machine's to say.
-        assert before.seconds_exposed + before.seconds_hidden > 0
-        assert after.seconds_exposed + after.seconds_hidden > 0
+        assert before.seconds_exposed > 0
+        assert after.seconds_exposed > 0
 
 
 def disabled_and_resumed(case: Case) -> bool:

@@ -113,10 +113,11 @@ class GradientAverager:
         """
         self.check()
         assert self._ticket is not None
+        # Before the ticket is waited for, which is waiting for the other ranks too.
+        self._backward_end = Moment(device)
         verdict = self._ticket.wait()
         if verdict.problem is not None:
             raise RuntimeError(verdict.problem)
-        self._backward_end = Moment(device)
         return dict(zip(self._tickets.ranks, verdict.digests, strict=True))
 
     def check(self) -> None:
