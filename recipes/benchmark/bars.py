@@ -173,7 +173,7 @@ def _of_islands(cells: Mapping[Cell, Mapping[str, Line]]) -> Iterator[Bar]:
         ours = [line for name, line in found.items() if name.startswith(ISLANDS)]
         tau = f", tau={cell.tau}" if cell.tau else ""
         yield from _bar(
-            f"overlapped with islands{tau}: x no communication between machines",
+            f"overlapped with islands at {cell.rate}{tau}: x no communication between machines",
             "at most 1.02",
             [line.multiple[0] for line in ours if line.kind == "overlapped"],
             3,
