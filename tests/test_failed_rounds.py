@@ -12,7 +12,7 @@ import torch
 
 import commhooks
 from tests.cases import BLOCKING, PERIODIC, Case, one_case
-from tests.harness import RankDied, rank_outcomes
+from tests.harness import RankDied, rank_outcomes, run_ranks
 from tests.reference import flat, write
 from tests.signals import Signals
 from tests.training import Trainer
@@ -88,3 +88,39 @@ def test_the_error_pickles() -> None:
     twin = pickle.loads(pickle.dumps(error))
     assert str(twin) == str(error)
     assert vars(twin) == vars(error)
+
+
+def rule_that_fails(case: Case, signals: Signals) -> str:
+    """Rank 1's own rule raises from the second or third round on; nobody's process ends for it."""
+    trainer = Trainer(case)
+    if trainer.rank == 1:
+        rules = type(trainer.state)
+        honest = rules.chain
+
+        def chain(state: commhooks.CommHookState, **vectors: torch.Tensor) -> None:
+            if state.stats.rounds_launched >= 2:
+                raise ArithmeticError("the rule has failed")
+            honest(state, **vectors)
+
+        rules.chain = chain  # type: ignore[assignment, method-assign]
+    try:
+        for _ in range(5 * TAU):
+            trainer.step()
+    except commhooks.RoundError as error:
+        signals.give(f"rank {trainer.rank} has it")
+        for rank in range(torch.distributed.get_world_size()):
+            signals.await_(f"rank {rank} has it", patience=60.0)
+        return str(error)
+    raise Survived
+
+
+@pytest.mark.parametrize("algorithm", PERIODIC)
+@pytest.mark.parametrize("island", [1, 2])
+def test_a_rule_that_fails_on_one_rank_is_an_error_on_all(
+    algorithm: str, island: int, tmp_path: Path
+) -> None:
+    case = one_case(algorithm, TAU, island=island)
+    said = run_ranks(rule_that_fails, 2 * island, case, Signals(tmp_path))
+    assert "the rule has failed" in said.pop(1)
+    for other in said:
+        assert "rank 1 at an error in its island" in other

@@ -406,7 +406,8 @@ class Engine:
         with uninterrupted():
             fragment.round = None
             if cause is not None:
-                self._call.fail(cause, finished.number)
+                fail = self._call.fail_alone if finished.failed_alone else self._call.fail
+                fail(cause, finished.number)
             fragment.found(finished, self.layout.islands)
             self._progress.arrived(fragment, finished.number)
             self._idle()

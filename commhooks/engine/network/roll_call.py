@@ -84,12 +84,12 @@ class RollCall:
         self._failure = self.error(cause, number).args
         self._links.busy()
 
-    def note_failure_in_island(self, cause: str) -> None:
+    def note_failure_in_island(self, cause: str, number: int | None = None) -> None:
         """The same, where the other islands do not know of it: they hear it from their next ticket.
 
         They may be at anything, so nobody here waits for them.
         """
-        self.note_failure(cause)
+        self.note_failure(cause, number)
         # What cannot be told, they find out when this process ends.
         with suppress(RuntimeError):
             Ticket(self._links.everyone, self.device, self.point("an error in its island"))
@@ -104,13 +104,13 @@ class RollCall:
         self._tell_island()
         raise self.failure()
 
-    def fail_alone(self, cause: str) -> NoReturn:
+    def fail_alone(self, cause: str, number: int | None = None) -> NoReturn:
         """The same, where no other rank knows of it: they all hear it from their next ticket.
 
         Raises:
             RoundError: always.
         """
-        self.note_failure_in_island(cause)
+        self.note_failure_in_island(cause, number)
         self._tell_island()
         raise self.failure()
 

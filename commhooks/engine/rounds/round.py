@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ class Round:
 
     Attributes:
         launched, arrived: when the first collective was started and the last chain had run.
+        failed_alone: whether the rules have failed on this rank, which no other knows of.
 
     Args:
         point: what the ranks must agree on; its number is the round's.
@@ -78,6 +79,7 @@ class Round:
         self._kept = kept
         self._buckets = buckets
         self._failures: list[str] = []
+        self.failed_alone = False
         self._futures: list[torch.futures.Future[Tensor]] = []
         self._second_shots: deque[tuple[Bucket, Drift, Wire, torch.futures.Future[Any]]] = deque()
         self._device = device
@@ -198,6 +200,16 @@ class Round:
     def _is_trusted(self) -> bool:
         return self._ticket is not None and self._ticket.done and self._verdict() is None
 
+    @contextmanager
+    def _noting_failures(self, *, alone: bool = False) -> Iterator[None]:
+        """Note what the block raises; a future would wrap it in C++ stack frames."""
+        try:
+            yield
+        except Exception as error:
+            self._failures.append(str(error))
+            self.failed_alone |= alone
+            raise
+
     def _chain(self, mean: torch.futures.Future[Any], bucket: Bucket, drift: Drift) -> None:
         self._futures.append(mean.then(landing(self._chained_to(bucket, drift))))
 
@@ -209,16 +221,13 @@ class Round:
     def _arrival_of(self, kept: Kept) -> Callable[[torch.futures.Future[Any]], Tensor]:
         def arrive(together: torch.futures.Future[Any]) -> Tensor:
             """Runs on the backend's thread when the last chained update has ended."""
-            try:
+            with self._noting_failures():
                 values: list[Tensor] = [each.value() for each in together.value()]
-                with record_function("commhooks::arrive"):
-                    self._rules.arrive(kept)
+            with self._noting_failures(alone=True), record_function("commhooks::arrive"):
+                self._rules.arrive(kept)
                 for bucket in self._buckets:
                     if bucket.ahead:
                         bucket.offer(self._rules)
-            except Exception as error:
-                self._failures.append(str(error))
-                raise
             self.arrived = Moment(self._device)
             keep_for_this_stream(each for bucket in self._buckets for each in bucket.memory)
             return values[0]
@@ -231,18 +240,14 @@ class Round:
         def chain(reduced: torch.futures.Future[Any]) -> Tensor:
             """Runs on the backend's thread when the all-reduce ends."""
             wire = bucket.vectors["wire"]
-            try:
+            with self._noting_failures():
                 reduced.value()
-                with record_function("commhooks::chain"):
-                    self._together.append(drift.together())
-                    for vectors in bucket.slices:
-                        self._rules.chain(**vectors)
-                    if bucket.ahead and self._kept is None:
-                        bucket.offer(self._rules)
-            except Exception as error:
-                # The future would wrap this in C++ stack frames; `wait` reports the plain text.
-                self._failures.append(str(error))
-                raise
+            with self._noting_failures(alone=True), record_function("commhooks::chain"):
+                self._together.append(drift.together())
+                for vectors in bucket.slices:
+                    self._rules.chain(**vectors)
+                if bucket.ahead and self._kept is None:
+                    bucket.offer(self._rules)
             self.arrived = Moment(wire.device)
             keep_for_this_stream(bucket.memory)
             # A CUDA future records the tensors it holds on the streams that wait for it.
