@@ -23,7 +23,6 @@ import commhooks
 from commhooks.engine.rounds.fragment import Fragment
 from commhooks.engine.rounds.sharing import Sharing
 from commhooks.engine.rules import Rules, weight_in_background
-from commhooks.engine.vectors.buckets import Bucket
 from commhooks.hyperparameters import Count, Steps
 from tests.cases import ALGORITHMS, Case, with_tau
 from tests.collectives import counted_collectives
@@ -110,37 +109,36 @@ def test_a_launch_that_is_a_landing_too_starts_its_round_alone() -> None:
             assert [step.boundary for step in steps] == [launch.boundary] * 2
 
 
-def offers_of(case: Case) -> list[float]:
-    """In every step's backward, how often a rank computes what it has to give."""
-    honest, calls = Bucket.offer, [0]
-
-    def offer(bucket: Bucket, rules: Rules) -> None:
-        calls[0] += 1
-        honest(bucket, rules)
-
-    Bucket.offer = offer  # type: ignore[assignment, method-assign]
+def mixed_in_backwards(case: Case) -> list[bool]:
+    """Whether a step's backward calls ``mix``, which it does for nothing but what is given."""
     trainer = Trainer(case)
+    rules: Any = type(trainer.state)
+    honest, calls = rules.mix, [0]
+
+    def mix(state: Rules, **vectors: Tensor) -> None:
+        calls[0] += 1
+        honest(state, **vectors)
+
+    rules.mix = mix
     seen = []
     for trainer.steps in range(1, 3 * TAU + 1):
         before = calls[0]
         trainer.backward()
-        seen.append(calls[0] - before)
+        seen.append(calls[0] > before)
         trainer.optimize()
         # Ahead of the next backward, whichever thread is told of it.
         await_arrival(trainer)
-    Bucket.offer = honest  # type: ignore[method-assign]
-    buckets = len(fragment(trainer).buckets)
+    rules.mix = honest
     trainer.state.finish()
-    return [number / buckets for number in seen]
+    return seen
 
 
 @pytest.mark.parametrize("case", [BLEND, CARRY, *OVERLAPPED], ids=str)
 def test_what_a_rank_gives_is_computed_when_its_round_arrives(case: Case) -> None:
     """Not in a later backward, but for what there is before the first round."""
-    expected = [0.0] * (3 * TAU)
-    if case.algorithm != "DiLoCo":
-        expected[1] = 1.0
-    assert run_ranks(offers_of, 4, case) == [expected] * 4
+    expected = [False] * (3 * TAU)
+    expected[1] = case.algorithm != "DiLoCo"
+    assert run_ranks(mixed_in_backwards, 4, case) == [expected] * 4
 
 
 # Ranks that are not ready at the same time.

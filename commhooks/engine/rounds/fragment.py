@@ -16,7 +16,7 @@ from commhooks.engine.network.ticket import total
 from commhooks.engine.network.wires import CompressedWire, Wire
 from commhooks.engine.rounds.drift import Drift, stride_for
 from commhooks.engine.rounds.findings import Findings, findings_of
-from commhooks.engine.rounds.gathering import Gathering
+from commhooks.engine.rounds.gathering import Gathering, offer
 from commhooks.engine.rounds.round import Round
 from commhooks.engine.rounds.schedule import Schedule
 from commhooks.engine.rules import Kept, Part, Rules, weight_in_background
@@ -399,7 +399,7 @@ class Fragment:
             self.round.wait()
         elif not self._offered:
             for bucket in self.buckets:
-                bucket.offer(rules)
+                offer(bucket, rules)
             self._offered = True
 
     def take_common(self) -> None:

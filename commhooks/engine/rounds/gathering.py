@@ -12,10 +12,26 @@ from torch.profiler import record_function
 
 from commhooks.engine.guards.process_exit import landing
 from commhooks.engine.network.communicator import Communicator
+from commhooks.engine.rules import Rules
 from commhooks.engine.vectors.buckets import Bucket
 from commhooks.engine.vectors.devices import catch_up_with_callbacks
 
-__all__ = ["Gathering"]
+__all__ = ["Gathering", "offer"]
+
+
+def offer(bucket: Bucket, rules: Rules) -> None:
+    """Write b of x <- c x + b, what ``mix`` makes of zeros, to this rank's share of ``common``.
+
+    The vectors stay as they are. No scratch is used, since this may run beside other rules.
+    """
+    assert bucket.common is not None
+    begin = bucket.start
+    with torch.no_grad(), record_function("commhooks::offer"):
+        for vectors in bucket.slices:
+            wire = vectors["wire"].clone()
+            offered = bucket.common[begin : begin + len(wire)]
+            rules.mix(x=offered.zero_(), **{**vectors, "wire": wire})
+            begin += len(wire)
 
 
 class Gathering:

@@ -20,6 +20,7 @@ from commhooks.engine.network.report import Report
 from commhooks.engine.network.ticket import Point, Ticket
 from commhooks.engine.network.wires import Wire
 from commhooks.engine.rounds.drift import Drift
+from commhooks.engine.rounds.gathering import offer
 from commhooks.engine.rules import Kept, Rules
 from commhooks.engine.vectors.buckets import Bucket
 from commhooks.engine.vectors.devices import (
@@ -227,7 +228,7 @@ class Round:
                 self._rules.arrive(kept)
                 for bucket in self._buckets:
                     if bucket.ahead:
-                        bucket.offer(self._rules)
+                        offer(bucket, self._rules)
             self.arrived = Moment(self._device)
             keep_for_this_stream(each for bucket in self._buckets for each in bucket.memory)
             return values[0]
@@ -247,7 +248,7 @@ class Round:
                 for vectors in bucket.slices:
                     self._rules.chain(**vectors)
                 if bucket.ahead and self._kept is None:
-                    bucket.offer(self._rules)
+                    offer(bucket, self._rules)
             self.arrived = Moment(wire.device)
             keep_for_this_stream(bucket.memory)
             # A CUDA future records the tensors it holds on the streams that wait for it.

@@ -7,9 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
-from commhooks.engine.rules import Rules
 from commhooks.engine.vectors.chunks import Chunk, Gathered, Scratch, cut, is_dense, real, window
 from commhooks.engine.vectors.devices import accumulation_dtype, chunk_numel
 from commhooks.errors import RegistrationError
@@ -144,20 +142,6 @@ class Bucket:
         """Copy ``flat``, of length :attr:`numel`, into the tensors."""
         for chunk in self._chunks:
             torch._foreach_copy_(chunk.pieces, chunk.views(flat[chunk.start : chunk.stop]))
-
-    def offer(self, rules: Rules) -> None:
-        """Write b of x <- c x + b, what ``mix`` makes of zeros, to the share of :attr:`common`.
-
-        The vectors stay as they are. No scratch is used, since this may run beside other rules.
-        """
-        assert self.common is not None
-        begin = self.start
-        with torch.no_grad(), record_function("commhooks::offer"):
-            for vectors in self.slices:
-                wire = vectors["wire"].clone()
-                offered = self.common[begin : begin + len(wire)]
-                rules.mix(x=offered.zero_(), **{**vectors, "wire": wire})
-                begin += len(wire)
 
     def mix_in_rest(self, weight: float) -> None:
         """x <- weight x + :attr:`common` for all that lies in the shares of other ranks."""
