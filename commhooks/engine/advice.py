@@ -96,6 +96,37 @@ class Advice:
                 "the consensus. Write: with state.averaged(): evaluate(model)",
             )
 
+    def overwritten(self) -> None:
+        """A round is launched from parameters that somebody else has written."""
+        self._say(
+            "overwritten",
+            "the model's parameters were loaded or written to in the middle of a run, and "
+            f"{self._run.algorithm} still draws them to where they were before. After "
+            "model.load_state_dict call state.load_state_dict to go on from a checkpoint; else "
+            "call state.finish() on all ranks, to begin anew from what was written. (What a loop "
+            "does to the weights after every step, such as clipping, belongs into a post-hook of "
+            "the optimizer, registered before the state, so that it comes before the boundary.)",
+        )
+
+    def apart(self) -> None:
+        """The models differed where no local step was known of."""
+        self._say(
+            "apart",
+            f"the ranks' models were not the same, though {self._run.algorithm} had counted no "
+            "local step: something updates them on each rank by itself. They were averaged. Call "
+            "ddp_model(x) and loss.backward() once a step, and let optimizers step behind it.",
+        )
+
+    def no_common_start(self) -> None:
+        """The ranks were given the first one's parameters."""
+        self._say(
+            "start",
+            "the ranks began the local steps with different parameters, and were given those of "
+            "the first rank. Write to parameters before the model is wrapped in "
+            "DistributedDataParallel, or on all ranks alike (the same seed, the same checkpoint); "
+            "in warm-up call loss.backward() once a forward, and let optimizers step behind it.",
+        )
+
     def landed(self, stats: Stats) -> None:
         """A round has landed; ``stats`` are the same on every rank."""
         waited, self._exposed = stats.seconds_exposed - self._exposed, stats.seconds_exposed

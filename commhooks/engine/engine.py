@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from commhooks.drift import DriftTable
 from commhooks.engine.advice import Advice
 from commhooks.engine.guards.interrupts import uninterrupted
-from commhooks.engine.guards.refused_backward import raise_after_backward
+from commhooks.engine.guards.refused_backward import after_backward, raise_after_backward
 from commhooks.engine.meter import Meter
 from commhooks.engine.network.agreement import tell
 from commhooks.engine.network.communicator import done
@@ -24,6 +24,7 @@ from commhooks.engine.network.islands import Layout
 from commhooks.engine.network.links import Links
 from commhooks.engine.network.report import Report
 from commhooks.engine.network.roll_call import RollCall
+from commhooks.engine.network.ticket import Point, Ticket
 from commhooks.engine.network.wires import wire_for
 from commhooks.engine.progress import Progress
 from commhooks.engine.rounds.consensus import Consensus, enter
@@ -37,6 +38,7 @@ from commhooks.engine.saving import Saving, Standing
 from commhooks.engine.steps.averaging import StepAverager
 from commhooks.engine.steps.backward import Backwards
 from commhooks.engine.steps.optimizers import OptimizerWatch
+from commhooks.engine.steps.writes import Writes
 from commhooks.engine.vectors.buckets import build_buckets
 from commhooks.engine.vectors.buffers import Buffer
 from commhooks.engine.vectors.devices import Moment
@@ -141,6 +143,7 @@ class Engine:
             rules.compression,
             differences=rules.contributes_differences,
         )
+        self.writes = Writes(list(parameters.values()), list(mine.values()))
         self._fragments = [
             Fragment(
                 part,
@@ -214,15 +217,14 @@ class Engine:
     @property
     def boundary_due(self) -> bool:
         """Whether a boundary waits for the optimizers, was cut short, or has failed for good."""
-        return self._call.failed or self._due is not None
+        return self._call.failed or self._due(self._standing.step) is not None
 
-    @property
-    def _due(self) -> Fragment | None:
-        """The fragment with the most overdue launch or landing."""
+    def _due(self, step: int) -> Fragment | None:
+        """The fragment with the most overdue launch or landing after ``step``."""
         if self.averages_gradients_for_good:
             return None
         first = min(self._fragments, key=lambda fragment: fragment.schedule.next)
-        return first if first.schedule.next <= self._standing.step else None
+        return first if first.schedule.next <= step else None
 
     def read_rates_from(self, read: Callable[[], Mapping[int, float]]) -> None:
         """Ask this method for learning rates; whoever has it holds this engine."""
@@ -263,15 +265,17 @@ class Engine:
         if self._call.failed and (averaging or self.links.island is not None):
             return gradient
         if last:
+            self.writes.belong_to_steps()
             try:
                 if sharing is not None:
                     agreed = sharing.heed(self._gradients.told)
                     if self._standing.started and not averaging:
                         sharing.gather(self._rules, agreed)
                 if not averaging and not self._standing.started:
-                    # Now, since what comes next may be an optimizer already in its step, whose
-                    # closure this backward is part of.
-                    self._start_together()
+                    # Behind the backward, which needs the parameters as they are; and no later,
+                    # since what comes next may be an optimizer already in its step, whose closure
+                    # this backward is part of.
+                    after_backward(self._start_together)
                 self._count_step(local=not averaging)
                 if self._shadows:
                     self._shadows = False
@@ -285,6 +289,8 @@ class Engine:
     def before_forward(self, model: nn.Module) -> None:
         """The model is about to run."""
         self.pass_by()
+        if torch.is_grad_enabled() and self._consensus is None and self.writes.found:
+            self.parameters_overwritten()
         if not (model.training or torch.is_grad_enabled() or self._consensus is not None):
             self._advice.evaluated()
 
@@ -357,8 +363,18 @@ class Engine:
             RoundError: a round failed, now or before.
         """
         self._call.raise_if_failed()
+        self._run_until(self._standing.step, wait=wait)
+
+    def _run_until(self, step: int, *, wait: bool = True, joined: Ticket | None = None) -> None:
+        """Do what is due after ``step``; see :meth:`at_boundary`.
+
+        Args:
+            step: a step.
+            wait: as there.
+            joined: the ticket of the first round that is launched, if it has been sent.
+        """
         launched: list[Fragment] = []
-        while (fragment := self._due) is not None:
+        while (fragment := self._due(step)) is not None:
             if not wait and fragment in launched and fragment.schedule.landing is not None:
                 return
             if not self._standing.started:
@@ -374,12 +390,14 @@ class Engine:
                 if launching:
                     if landing:
                         self._progress.landed(fragment, self._rules, now)
-                    self._launch(fragment, mix_first=landing)
+                    self._launch(fragment, now, mix_first=landing, joined=joined)
                     launched.append(fragment)
+                    joined = None
                 else:
                     self._mix(fragment)
                     schedule.landed()
                     self._progress.landed(fragment, self._rules, now)
+                self.writes.settle()
 
     def drain(self) -> None:
         """Wait for what is in flight, and its chained updates. It is mixed in when it lands.
@@ -445,15 +463,33 @@ class Engine:
             return
         with uninterrupted():
             self.at_boundary()
-            self.drain()
-            # Before the first local step the parameters are the same on every rank, bit for bit.
-            drifted = self._fragments if self._standing.drifted else ()
-            buckets = [bucket for fragment in drifted for bucket in fragment.buckets]
-            self._reshard()
-            refusal = self._check()
-            consensus = enter(what, buckets, buffers, refusal, self.links, self._call, self._meter)
-            self._block, self._consensus = block, consensus
+            met = self._meet(what, buffers)
+            while isinstance(met, Ticket):
+                # The others are past a boundary that this rank has not come to.
+                upto = min(fragment.schedule.launch for fragment in self._fragments)
+                self._run_until(upto, joined=met)
+                met = self._meet(what, buffers)
+            self._block, self._consensus = block, met
             self._advice.together()
+
+    def _meet(self, what: str, buffers: Callable[[], Sequence[Buffer]]) -> Consensus | Ticket:
+        self.drain()
+        self._reshard()
+        met = enter(
+            what,
+            [bucket for fragment in self._fragments for bucket in fragment.buckets],
+            buffers,
+            self._check(),
+            self.links,
+            self._call,
+            self._meter,
+            drifted=self._standing.drifted,
+        )
+        if isinstance(met, Consensus) and met.averages_parameters:
+            if not self._standing.drifted:
+                self._advice.apart()
+            self._standing.drifted = True
+        return met
 
     def leave_consensus(self, block: object) -> None:
         """Put this rank's own model back, if the consensus is there for this very block."""
@@ -478,16 +514,19 @@ class Engine:
         try:
             with uninterrupted():
                 self.enter_consensus(what, buffers)
-                self._consensus = None
-                self._begin_anew()
+                assert self._consensus is not None
+                step, self._consensus = self._consensus.step, None
+                self._begin_anew(step)
                 finished = True
         except KeyboardInterrupt:
             self._finish_cut_short_at = self._standing.step if finished else -1
             raise
 
-    def _begin_anew(self) -> None:
+    def _begin_anew(self, step: int) -> None:
+        """Begin anew after ``step``, the last that any rank has made."""
         self._overwritten = False
-        self._finished_at = self._standing.step
+        self.writes.settle()
+        self._finished_at = self._standing.step = step
         self._standing.origin = max(self._standing.origin, self._standing.step)
         self._cycle.restart(self._standing.origin)
         for fragment in self._fragments:
@@ -543,10 +582,16 @@ class Engine:
 
     def parameters_overwritten(self) -> None:
         """Somebody else than an optimizer is about to write to the parameters."""
+        self.writes.settle()
         if self._finished_at == self._standing.step:
             self._standing.started = False
         drawn_back = self._rules.overlapped or bool(self._rules.vectors)
         self._overwritten = self._standing.started and drawn_back
+
+    def updated_unseen(self) -> None:
+        """An optimizer has made a step that this engine knows nothing of."""
+        self._standing.drifted = True
+        self._advice.stepped(local=True)
 
     # Reports and checkpoints.
 
@@ -590,6 +635,7 @@ class Engine:
         self.refuse_inside_averaged("load_state_dict()")
         self.drain()
         self._overwritten = False
+        self.writes.settle()
         return self.saving.load(saved, self._rules)
 
     # Inside a boundary.
@@ -601,11 +647,11 @@ class Engine:
         return rules
 
     def _start_together(self) -> None:
-        """Start where nobody has made sure that all ranks have the same parameters.
+        """Start with the same parameters on all workers. Collective.
 
-        DDP has, at its construction, but they may have been written to since; nobody has of sharded
-        models. Compressed rounds need a reference that all workers share, bit for bit. Collective
-        for both.
+        DDP has seen to that at its construction, but they may have been written to since, or
+        updated from gradients that were not averaged; nobody has for sharded models. An anchor that
+        is not the same everywhere would never become so.
 
         Raises:
             RoundError: the ranks are not at the same point, the communication failed, or sharded
@@ -613,24 +659,27 @@ class Engine:
         """
         if self._sharing is not None:
             self._sharing.follow(self._fragments)
+        everyone = self.links.everyone
+        if everyone.size > 1:
+            self._call("the first local step")
+            mine = sum(int(fragment.fingerprint) for fragment in self._fragments)
+            try:
+                bits = dict(zip(everyone.ranks, everyone.tell(mine), strict=True))
+                apart = self.links.peers_differ(bits)
+                if apart and not self._sharded:
+                    self._advice.no_common_start()
+                    for fragment in self._fragments:
+                        for bucket in fragment.buckets:
+                            bucket.share(everyone.broadcast)
+                    self.writes.settle()
+            except RuntimeError as error:
+                self._call.fail(str(error))
+            if apart and self._sharded:
+                self._call.fail(
+                    "the islands begin the local steps with different parameters. Give every "
+                    "island the same ones before: the same seed, or the same checkpoint."
+                )
         self._start()
-        references = [r for fragment in self._fragments for r in fragment.references]
-        if not (references or self._sharded) or self.layout.m == 1:
-            return
-        self._call("the first local step")
-        fingerprint = sum(int(fragment.fingerprint) for fragment in self._fragments)
-        try:
-            apart = self.links.peers_differ(fingerprint)
-            if apart and not self._sharded:
-                for future in [self.links.peers.broadcast(r) for r in references]:
-                    future.wait()
-        except RuntimeError as error:
-            self._call.fail(str(error))
-        if apart and self._sharded:
-            self._call.fail(
-                "the islands begin the local steps with different parameters. Give every island "
-                "the same ones before: the same seed, or the same checkpoint."
-            )
 
     def _start(self) -> None:
         for fragment in self._fragments:
@@ -647,16 +696,12 @@ class Engine:
         # averaged() sends; and for good, since optimizers keep what they saw of local gradients.
         self._standing.drifted |= local
 
-    def _launch(self, fragment: Fragment, *, mix_first: bool) -> None:
+    def _launch(
+        self, fragment: Fragment, step: int, *, mix_first: bool, joined: Ticket | None = None
+    ) -> None:
         if self._overwritten:
             self._overwritten = False
-            logger.warning(
-                "commhooks: the model's parameters were loaded in the middle of a run, and %s "
-                "still draws them to where they were before. After model.load_state_dict call "
-                "state.load_state_dict to go on from a checkpoint, or state.finish() on all ranks "
-                "to begin anew from what was loaded.",
-                type(self._rules).__name__,
-            )
+            self._advice.overwritten()
         number = self._meter.rounds_launched + 1
         self._reshard()
         refusal = self._check() or fragment.refusal()
@@ -674,7 +719,7 @@ class Engine:
             report = self._progress.report(fragment, self._rates().values())
         self.links.busy()
         fragment.round = Round(
-            self._call.point("a round", number),
+            Point("a round", step, number),
             self.device,
             fragment.buckets,
             fragment.wires,
@@ -686,6 +731,7 @@ class Engine:
             fingerprint=fingerprint,
             report=report,
             drifts=fragment.drifts,
+            joined=joined,
         )
         self._sending.append(fragment.round)
         self._cycle.launched(fragment.schedule)

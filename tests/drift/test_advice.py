@@ -1,13 +1,10 @@
 """Pins what the log says once of a run that could do better, and that it says nothing else."""
 
 import gc
-import logging
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,24 +15,8 @@ import commhooks
 from commhooks.engine.advice import Advice
 from tests.cases import Case, one_case
 from tests.harness import run_ranks
+from tests.heard import heard
 from tests.training import Trainer
-
-
-@contextmanager
-def heard() -> Iterator[list[str]]:
-    """What the package says inside the block."""
-    lines: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    listener = Listener()
-    logging.getLogger("commhooks").addHandler(listener)
-    try:
-        yield lines
-    finally:
-        logging.getLogger("commhooks").removeHandler(listener)
 
 
 class Call:

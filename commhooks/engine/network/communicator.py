@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from commhooks.engine.guards.process_exit import closed_at_exit, landing
-from commhooks.engine.network.agreement import tell
+from commhooks.engine.network.agreement import by_rank, tell
 
 __all__ = ["Communicator", "done", "named_group", "open_communicator"]
 
@@ -161,11 +161,11 @@ class Communicator:
         """Leave word for the other ranks, who read it once they know that it is there."""
         distributed_c10d._get_default_store().set(self._posted(subject, dist.get_rank()), text)
 
-    def read(self, subject: str, rank: int) -> str:
-        """What the rank with this global number has posted."""
+    def read(self, subject: str, ranks: Sequence[int]) -> str:
+        """What the ranks with these global numbers have posted, each with its rank."""
         store = distributed_c10d._get_default_store()
-        text: str = store.get(self._posted(subject, rank)).decode()
-        return text
+        texts = [store.get(self._posted(subject, rank)).decode() for rank in ranks]
+        return by_rank(texts, ranks)
 
     def _posted(self, subject: str, rank: int) -> str:
         return f"{self.name}/{subject}/{rank}"

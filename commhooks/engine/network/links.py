@@ -76,11 +76,10 @@ class Links:
         for each in self.all:
             each.close()
 
-    def peers_differ(self, fingerprint: int) -> bool:
-        """Whether some rank's number is not that of its peers. Collective; blocks."""
-        told = dict(zip(self.everyone.ranks, self.everyone.tell(fingerprint), strict=True))
+    def peers_differ(self, fingerprints: Mapping[int, int | None]) -> bool:
+        """Whether some rank's number, by its global one, is not that of its peers."""
         places = zip(*self.layout.islands, strict=True)
-        return any(len({told[rank] for rank in peers}) > 1 for peers in places)
+        return any(len({fingerprints[rank] for rank in peers}) > 1 for peers in places)
 
     def apart(self, digests: Sequence[int]) -> str | None:
         """What is wrong where two ranks of an island have different digests.

@@ -55,9 +55,9 @@ class RollCall:
         """Whether a round has failed, after which the ranks can do nothing together."""
         return self._failure is not None
 
-    def point(self, what: str, number: int | None = None) -> Point:
-        """Where this rank is; ``number`` is that of a round that is about to be launched."""
-        return Point(what, self._step(), number or self._meter.rounds_launched)
+    def point(self, what: str) -> Point:
+        """Where this rank is."""
+        return Point(what, self._step(), self._meter.rounds_launched)
 
     def raise_if_failed(self) -> None:
         """Raise the error that a round has ended in.
@@ -126,7 +126,7 @@ class RollCall:
         refusal: str | None = None,
         probes: Sequence[Tensor] = (),
         digest: int = 0,
-    ) -> bool:
+    ) -> Ticket:
         """Send a ticket and wait for those of the others. Collective.
 
         Nothing else may be in flight; where a rank refuses, all ranks can go on.
@@ -135,7 +135,8 @@ class RollCall:
         averages gradients, else for all ranks. It is met where it waits.
 
         Returns:
-            Whether all ranks have the same digest.
+            The ticket, which has come back. It may say that others have launched a round, which
+            this rank has to take part in before it calls again.
 
         Raises:
             RoundError: the ranks are not at the same point, one of them has NaN or inf or a reason
@@ -150,20 +151,27 @@ class RollCall:
             if problem is not None:
                 self.note_failure_in_island(problem)
                 raise self.failure()
+        everyone = self._links.everyone
         try:
-            verdict = Ticket(
-                self._links.everyone,
+            ticket = Ticket(
+                everyone,
                 self.device,
                 self.point(what),
                 probes=probes,
                 refused=refusal is not None,
                 digest=digest,
-            ).wait()
+            )
+            verdict = ticket.wait()
         except RuntimeError as error:
             self.fail(f"{what}: {error}")
         self._meter.communication(began, began, began, Moment(self.device))
         if verdict.problem is not None:
             self.fail(verdict.problem)
+        if verdict.refused and verdict.round is not None:
+            # The others are not here, and look where a round's refusals are posted.
+            if refusal is not None:
+                everyone.post(f"round {verdict.round}", refusal)
+            self.fail(everyone.read(f"round {verdict.round}", verdict.refused))
         if verdict.refused:
-            raise self.error(reasons(self._links.everyone.parent, refusal), passing=True)
-        return verdict.alike
+            raise self.error(reasons(everyone.parent, refusal), passing=True)
+        return ticket

@@ -17,13 +17,26 @@ from commhooks.engine.vectors.devices import HostCopy
 __all__ = ["Point", "Ticket", "Verdict", "total"]
 
 _CALLS = ("averaged()", "finish()", "disable()", "close()", "drift()")
+_JOINING = ("averaged()", "finish()", "disable()")
+"""Calls in which a rank takes part in rounds that are not due on it yet."""
+
+_STEPS_APART = 16
+"""How far others may be ahead of a rank in ``averaged()``; ``finish()`` waits for all of them."""
+
+_ROUND = "a round"
 _KINDS = (
     "the gradients of a backward",
-    "a round",
+    _ROUND,
     "a landing",
     "the first local step",
     "an error in its island",
     *_CALLS,
+)
+
+_ADVICE = (
+    "Every rank must make the same number of backwards and the same calls of averaged(), finish(), "
+    "disable() and close(). For a batch that is left out, call (loss * 0).backward(); for loaders "
+    "of different lengths use torch.distributed.algorithms.Join([state, ddp_model])."
 )
 
 # What a number in fp64 holds exactly.
@@ -38,7 +51,7 @@ class Point:
 
     Attributes:
         what: a member of ``_KINDS``.
-        step: steps made so far.
+        step: steps made so far; of a round, the step after which it is due.
         number: rounds launched so far.
     """
 
@@ -47,7 +60,7 @@ class Point:
     number: int
 
     def __str__(self) -> str:
-        number = f" {self.number}" if self.what == "a round" else ""
+        number = f" {self.number}" if self.what == _ROUND else ""
         return f"{self.what.removeprefix('a ')}{number} after step {self.step}"
 
 
@@ -60,12 +73,17 @@ class Verdict:
         refused: the ranks that have a reason of their own, which they have to tell the others.
         digests: every rank's.
         reports: every rank's, by its global number.
+        round: the number of a round that some ranks have launched and others, which are in a call,
+            have still to take part in; None if all ranks are at the same thing.
+        step: the last step of any rank.
     """
 
     problem: str | None
     refused: tuple[int, ...]
     digests: tuple[int, ...]
     reports: Mapping[int, Sequence[float]]
+    round: int | None
+    step: int
 
     @property
     def alike(self) -> bool:
@@ -142,19 +160,54 @@ class Ticket:
             for kind, step, number in zip(kinds, steps, numbers, strict=True)
         ]
         problem = None
-        if len(set(points)) > 1:
+        joined = _round_to_join(points)
+        if joined is None and not _compatible(points):
             where = ", ".join(f"rank {r} at {p}" for r, p in zip(self._ranks, points, strict=True))
-            problem = (
-                f"the ranks are not at the same point: {where}. Every rank must take the same "
-                "number of steps and call averaged(), finish(), disable() and close() at the same "
-                "ones; for uneven inputs use torch.distributed.algorithms.Join([state, ddp_model])."
-            )
+            problem = f"the ranks are not at the same point: {where}. {_ADVICE}"
         elif any(broken):
             ranks = [r for r, bad in zip(self._ranks, broken, strict=True) if bad]
             problem = f"the parameters of rank(s) {ranks} hold NaN or inf."
         refusing = tuple(r for r, refuses in zip(self._ranks, refused, strict=True) if refuses)
         told = dict(zip(self._ranks, zip(*reports, strict=True), strict=True))
-        return Verdict(problem, refusing, tuple(map(int, digests)), told)
+        if joined is not None:
+            # Those of a call stand for something else than those of a round.
+            pairs = zip(points, digests, strict=True)
+            digests = [digest if point.what == _ROUND else 0 for point, digest in pairs]
+        last = max(point.step for point in points)
+        return Verdict(problem, refusing, tuple(map(int, digests)), told, joined, last)
+
+
+def _compatible(points: Sequence[Point]) -> bool:
+    """Whether the ranks can do together what they are at.
+
+    A call has one right answer where ranks have made more steps than others, too, as long as they
+    have taken part in the same rounds.
+    """
+    if len({point.what for point in points}) == 1 and points[0].what in _CALLS:
+        return len({point.number for point in points}) == 1
+    return len(set(points)) == 1
+
+
+def _round_to_join(points: Sequence[Point]) -> int | None:
+    """The round that ranks in a call have to take part in first, if there is one.
+
+    A rank that has made fewer steps than others comes to :data:`_JOINING` before a boundary that
+    they have run already. Its model is as old as it is, and goes into the round as that.
+    """
+    rounds = {point for point in points if point.what == _ROUND}
+    calls = {point for point in points if point.what != _ROUND}
+    if len(rounds) != 1 or not calls:
+        return None
+    (launched,) = rounds
+    alike = len({point.what for point in calls}) == 1
+    near = all(
+        point.what in _JOINING
+        and point.number == launched.number - 1
+        # A rank that calls averaged() alone is to be told before the run is over.
+        and (point.what != "averaged()" or launched.step - point.step <= _STEPS_APART)
+        for point in calls
+    )
+    return launched.number if alike and near else None
 
 
 def total(probes: Sequence[Tensor], device: torch.device) -> Tensor:

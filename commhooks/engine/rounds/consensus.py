@@ -12,9 +12,9 @@ from torch.profiler import record_function
 from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.meter import Meter
 from commhooks.engine.network.agreement import tell
-from commhooks.engine.network.communicator import Communicator
 from commhooks.engine.network.links import Links
 from commhooks.engine.network.roll_call import RollCall
+from commhooks.engine.network.ticket import Ticket
 from commhooks.engine.rounds.gathering import Gathering
 from commhooks.engine.vectors.buckets import Bucket
 from commhooks.engine.vectors.buffers import Buffer, BufferExchange, common, digest
@@ -32,7 +32,9 @@ def enter(
     links: Links,
     call: RollCall,
     meter: Meter,
-) -> Consensus:
+    *,
+    drifted: bool,
+) -> Consensus | Ticket:
     """Put the consensus model in place. Collective; nothing else may be in flight.
 
     The ranks meet twice: before anything is sent, and when it is in place. What goes wrong on one
@@ -40,12 +42,18 @@ def enter(
 
     Args:
         what: the call that asks for it.
-        buckets: the parameters; none if they are the same on all ranks.
+        buckets: the parameters.
+        drifted: whether this rank knows that they differ between the ranks. If no rank does, they
+            are compared, and sent only where they do.
         buffers: finds the buffers.
         refusal: why this rank cannot take part, if it cannot.
         links: the ranks.
         call: how they meet.
         meter: where bytes and seconds are counted.
+
+    Returns:
+        The consensus; or, where other ranks have launched a round that this one has to take part in
+        before it enters anew, the ticket that says so.
 
     Raises:
         RoundError: the ranks are not at the same point, one of them cannot take part, or the
@@ -54,16 +62,32 @@ def enter(
     consensus = Consensus(links)
     mine: Sequence[Buffer] = ()
     probes: list[Tensor] = []
+    bits: int | None = None
     try:
         mine = buffers()
         # Not of the buffers, where -inf may be meant, as in a mask.
         probes = [finiteness(chunk.x) for bucket in buckets for chunk in bucket.gathered()]
-        consensus.take_parameters(buckets)
+        if drifted:
+            consensus.take_parameters(buckets)
+        else:
+            bits = sum(int(bucket.fingerprint()) for bucket in buckets)
         consensus.take_buffers(mine, call.device)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must be told
         refusal = refusal or f"{type(error).__name__}: {error}"
-    if not call(what, refusal, probes, digest(mine)):
-        consensus.take_buffers(_common(mine, links.everyone, call), call.device)
+    ticket = call(what, refusal, probes, digest(mine, bits))
+    verdict = ticket.wait()
+    if verdict.round is not None:
+        return ticket
+    consensus.step = verdict.step
+    if not verdict.alike:
+        alike, apart = _common(mine, bits, links, call)
+        try:
+            consensus.take_buffers(alike, call.device)
+            if apart and not drifted:
+                consensus.take_parameters(buckets)
+        except Exception as error:  # noqa: BLE001 - as above
+            refusal = f"{type(error).__name__}: {error}"
+        call(what, refusal)
     began = Moment(call.device)
     links.busy()
     try:
@@ -85,21 +109,27 @@ def enter(
     return consensus
 
 
-def _common(mine: Sequence[Buffer], communicator: Communicator, call: RollCall) -> list[Buffer]:
-    """The buffers that all ranks have alike. Collective.
+def _common(
+    mine: Sequence[Buffer], bits: int | None, links: Links, call: RollCall
+) -> tuple[list[Buffer], bool]:
+    """The buffers that all ranks have alike, and whether their parameters differ. Collective.
 
     Raises:
-        RoundError: some differ that cannot be passed over.
+        RoundError: some buffers differ that cannot be passed over.
     """
-    everyone = tell(communicator.parent, {buffer.name: buffer.describe() for buffer in mine})
-    alike, problems = common(everyone, communicator.ranks)
+    ranks = links.everyone.ranks
+    described = {buffer.name: buffer.describe() for buffer in mine}
+    told = tell(links.everyone.parent, (described, bits))
+    alike, problems = common([each for each, _ in told], ranks)
     if problems:
         raise call.error(
             f"the ranks have different buffers: {'; '.join(problems)}. Give every rank the same "
             "ones, or register what is made anew with persistent=False.",
             passing=True,
         )
-    return [buffer for buffer in mine if buffer.name in alike]
+    of_rank = {rank: each for rank, (_, each) in zip(ranks, told, strict=True)}
+    apart = None in of_rank.values() or links.peers_differ(of_rank)
+    return [buffer for buffer in mine if buffer.name in alike], apart
 
 
 class Consensus:
@@ -107,14 +137,23 @@ class Consensus:
 
     Args:
         links: the ranks.
+
+    Attributes:
+        step: the last that any rank has made.
     """
 
     def __init__(self, links: Links) -> None:
         self._links = links
+        self.step = 0
         self._buckets: list[Bucket] = []
         self._flats: list[Tensor] = []
         self._swapped: list[tuple[Bucket, Tensor]] = []
         self._buffers: BufferExchange | None = None
+
+    @property
+    def averages_parameters(self) -> bool:
+        """Whether the parameters take part."""
+        return bool(self._flats)
 
     def take_parameters(self, buckets: Sequence[Bucket]) -> None:
         """Copy the parameters."""

@@ -6,7 +6,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +54,7 @@ class Round:
             same.
         report: what this rank tells the others.
         drifts: one a bucket, which have taken note of the launch.
+        joined: the ticket that this rank has sent from a call, if the others are ahead of it.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Round:
         fingerprint: int | Tensor = 0,
         report: Report,
         drifts: Sequence[Drift],
+        joined: Ticket | None = None,
     ) -> None:
         self.number = point.number
         self._together: list[HostCopy] = []
@@ -85,14 +86,14 @@ class Round:
         self._second_shots: deque[tuple[Bucket, Drift, Wire, torch.futures.Future[Any]]] = deque()
         self._device = device
         self.launched = self.arrived = Moment(device)
-        self._ticket: Ticket | None = None
+        self._ticket = joined
         try:
             with record_function("commhooks::launch"):
                 if refusal is not None:
                     # Before the ticket that says so, and not told when asked for: a rank of another
                     # island may have to wait for one that never comes to this round's landing.
                     links.everyone.post(f"round {self.number}", refusal)
-                self._ticket = Ticket(
+                self._ticket = self._ticket or Ticket(
                     links.everyone,
                     device,
                     point,
@@ -194,8 +195,7 @@ class Round:
             return None
         verdict = self._ticket.wait()
         if verdict.problem is None and verdict.refused:
-            read = partial(self._links.everyone.read, f"round {self.number}")
-            return "; ".join(f"rank {rank}: {read(rank)}" for rank in verdict.refused)
+            return self._links.everyone.read(f"round {self.number}", verdict.refused)
         return verdict.problem or self._links.apart(verdict.digests)
 
     def _is_trusted(self) -> bool:

@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from commhooks.engine.steps.kept_weights import check_optimizer, check_weights
+from commhooks.engine.steps.writes import Writes
 
 __all__ = ["OptimizerWatch", "owned", "unwrapped"]
 
@@ -41,6 +42,17 @@ class Watched(Protocol):
 
     def pass_by(self) -> None:
         """The training thread passes."""
+
+    @property
+    def averages_gradients(self) -> bool:
+        """Whether the step under way averages gradients."""
+
+    @property
+    def writes(self) -> Writes:
+        """Who writes to the parameters."""
+
+    def updated_unseen(self) -> None:
+        """An optimizer has updated the model, and no backward was counted for it."""
 
     def at_boundary(self) -> None:
         """Every optimizer has stepped, or been skipped, since the backward; a boundary is due."""
@@ -109,6 +121,9 @@ class OptimizerWatch:
         # Of optimizers that another rank has and this one has not seen yet.
         self._unclaimed: dict[Any, dict[str, Any]] = {}
         self._steps_seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._began = watched.step
+        self._updated_in: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._told_unseen = False
         self._scaler: weakref.ref[torch.amp.GradScaler] | None = None
         if scaler is not None:
             self._scaler = weakref.ref(scaler)
@@ -180,6 +195,43 @@ class OptimizerWatch:
         self._stepped.add(id(optimizer))
         if self._is_awaited() and self._all_stepped():
             self.settled()
+
+    def updated(self, optimizer: Optimizer) -> None:
+        """An optimizer has updated its parameters, which a skipped step does not."""
+        mine = (p for group in optimizer.param_groups for p in group["params"])
+        if not any(p.grad is not None and id(p) in self._parameters for p in mine):
+            return
+        self._watched.writes.settle()
+        step = self._watched.step
+        in_backward = torch._C._current_graph_task_id() != -1
+        # The backward that the very first step is part of is yet to be counted.
+        before = self._updated_in.get(optimizer, -1 if in_backward else self._began)
+        self._updated_in[optimizer] = step
+        if step == before:
+            self._tell_unseen(
+                "has updated the model, and no backward of the DDP model was counted for it, so "
+                "that nothing is averaged: call ddp_model(x) and not ddp_model.module(x), "
+                "loss.backward() and not torch.autograd.grad, and the last backward before a step "
+                "outside no_sync(). If that is so, torch has dropped DDP's hooks, as it does when "
+                "a model's dtype or device changes: wrap the module anew, and register a new state",
+                optimizer,
+            )
+        elif in_backward and self._watched.averages_gradients:
+            self._tell_unseen(
+                "steps inside the backward, before its gradients are averaged: let it step behind "
+                "the backward, or take warmup_steps=0",
+                optimizer,
+            )
+
+    def _tell_unseen(self, what: str, optimizer: Optimizer) -> None:
+        self._watched.updated_unseen()
+        if not self._told_unseen:
+            logger.warning(
+                "commhooks: %s %s. averaged() and finish() average what the ranks have.",
+                type(optimizer).__name__,
+                what,
+            )
+        self._told_unseen = True
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """An optimizer is about to step."""
@@ -279,6 +331,7 @@ def _announce(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def _tell(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if _watches and not _inside_another_step():
         for watch in tuple(_watches):
+            watch.updated(optimizer)
             watch.after_step(optimizer)
 
 

@@ -233,6 +233,10 @@ class ShardedWatch(OptimizerWatch):
             ]
             self._watched.before_update(gradients, closure=closure)
 
+    def updated(self, optimizer: Optimizer) -> None:
+        """An optimizer has updated its parameters, which is what counts."""
+        self._watched.writes.settle()
+
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped, or its step was skipped; told once by whoever knows both."""
         if not self.stepping_for_scaler:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from commhooks.engine.vectors.chunks import Chunk, Gathered, Scratch, cut, is_dense, real, window
-from commhooks.engine.vectors.devices import accumulation_dtype, chunk_numel
+from commhooks.engine.vectors.devices import (
+    accumulation_dtype,
+    catch_up_with_callbacks,
+    chunk_numel,
+)
 from commhooks.errors import RegistrationError
 
 __all__ = ["Bucket", "build_buckets"]
@@ -142,6 +147,19 @@ class Bucket:
         """Copy ``flat``, of length :attr:`numel`, into the tensors."""
         for chunk in self._chunks:
             torch._foreach_copy_(chunk.pieces, chunk.views(flat[chunk.start : chunk.stop]))
+
+    def share(self, broadcast: Callable[[Tensor], torch.futures.Future[Any]]) -> None:
+        """Overwrite the tensors with those of the rank that ``broadcast`` sends from. Collective.
+
+        Raises:
+            RuntimeError: a rank is gone.
+        """
+        flat = torch.empty(self.numel, dtype=self.dtype, device=self.device)
+        with torch.no_grad():
+            self.gather(flat)
+            broadcast(flat).wait()
+            catch_up_with_callbacks(self.device)
+            self.scatter(flat)
 
     def mix_in_rest(self, weight: float) -> None:
         """x <- weight x + :attr:`common` for all that lies in the shares of other ranks."""

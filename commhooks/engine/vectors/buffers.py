@@ -110,9 +110,14 @@ def check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
                 )
 
 
-def digest(buffers: Iterable[Buffer]) -> int:
-    """A number below 2^48 that ranks with the same buffers have in common."""
-    text = repr([(buffer.name, buffer.describe()) for buffer in buffers])
+def digest(buffers: Iterable[Buffer], bits: int | None) -> int:
+    """A number below 2^48 that ranks with the same buffers and the same ``bits`` have in common.
+
+    Args:
+        buffers: what is described.
+        bits: a number that stands for the parameters.
+    """
+    text = repr(([(buffer.name, buffer.describe()) for buffer in buffers], bits))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
