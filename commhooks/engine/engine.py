@@ -271,12 +271,12 @@ class Engine:
                     agreed = sharing.heed(self._gradients.told)
                     if self._standing.started and not averaging:
                         sharing.gather(self._rules, agreed)
+                self._count_step(local=not averaging)
                 if not averaging and not self._standing.started:
                     # Behind the backward, which needs the parameters as they are; and no later,
                     # since what comes next may be an optimizer already in its step, whose closure
                     # this backward is part of.
                     after_backward(self._start_together)
-                self._count_step(local=not averaging)
                 if self._shadows:
                     self._shadows = False
                     # The others come to theirs when their optimizers have stepped. With unused
@@ -463,17 +463,21 @@ class Engine:
             return
         with uninterrupted():
             self.at_boundary()
+            self.drain()
             met = self._meet(what, buffers)
             while isinstance(met, Ticket):
-                # The others are past a boundary that this rank has not come to.
-                upto = min(fragment.schedule.launch for fragment in self._fragments)
-                self._run_until(upto, joined=met)
+                self._join(met)
                 met = self._meet(what, buffers)
             self._block, self._consensus = block, met
             self._advice.together()
 
-    def _meet(self, what: str, buffers: Callable[[], Sequence[Buffer]]) -> Consensus | Ticket:
+    def _join(self, ticket: Ticket) -> None:
+        """Take part in a round that others have launched, past a boundary that is not due here."""
+        step = min(fragment.schedule.launch for fragment in self._fragments)
+        self._run_until(step, joined=ticket)
         self.drain()
+
+    def _meet(self, what: str, buffers: Callable[[], Sequence[Buffer]]) -> Consensus | Ticket:
         self._reshard()
         met = enter(
             what,
@@ -759,7 +763,8 @@ class Engine:
             self.at_boundary()
             self.drain()
             self._reshard()
-            self._call("drift()", self._check())
+            while (ticket := self._call("drift()", self._check())).wait().round is not None:
+                self._join(ticket)
             buckets = [bucket for fragment in self._fragments for bucket in fragment.buckets]
             self.links.busy()
             try:

@@ -27,9 +27,9 @@ WITH_A_STEP = [
     Game(BLOCKING, 3, ("averaged", "train")),
     Game(OVERLAPPED, 3, ("train", "averaged")),
     Game(Case("CoCoDSGD", {"tau": 3}), 4, ("disable", "train")),
-    Game(Case("BMUF", {"tau": 2}), 4, ("finish", "train")),
+    Game(Case("BMUF", {"tau": 2}), 4, ("drift", "train")),
     Game(STREAMING, 4, ("train", "averaged")),
-    Game(STREAMING, 5, ("finish", "train")),
+    Game(STREAMING, 5, ("averaged", "train")),
 ]
 BETWEEN_CALLS = [
     Game(WARM, 3, ("averaged", "disable")),

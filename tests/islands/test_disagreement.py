@@ -50,8 +50,8 @@ WHERE_ALL_RANKS_AVERAGE_GRADIENTS = [
 ]
 A_WHOLE_ISLAND = [
     Game(BLOCKING, 3, ("averaged", "averaged", "train", "train")),
-    Game(OVERLAPPED, 4, ("train", "train", "finish", "finish")),
-    Game(STREAMING, 4, ("finish", "finish", "train", "train")),
+    Game(OVERLAPPED, 4, ("train", "train", "drift", "drift")),
+    Game(STREAMING, 4, ("averaged", "averaged", "train", "train")),
     Game(STREAMING, 5, ("train", "train", "averaged", "averaged")),
     Game(OVERLAPPED, 4, ("close", "close", "train", "train")),
     Game(BLOCKING, 4, ("averaged", "finish", "finish", "averaged")),

@@ -17,11 +17,11 @@ from commhooks.engine.vectors.devices import HostCopy
 __all__ = ["Point", "Ticket", "Verdict", "total"]
 
 _CALLS = ("averaged()", "finish()", "disable()", "close()", "drift()")
-_JOINING = ("averaged()", "finish()", "disable()")
+_JOINING = ("averaged()", "finish()", "disable()", "drift()")
 """Calls in which a rank takes part in rounds that are not due on it yet."""
 
 _STEPS_APART = 16
-"""How far others may be ahead of a rank in ``averaged()``; ``finish()`` waits for all of them."""
+"""How far others may be ahead of a rank in a call; ``finish()`` waits for all of their steps."""
 
 _ROUND = "a round"
 _KINDS = (
@@ -203,8 +203,8 @@ def _round_to_join(points: Sequence[Point]) -> int | None:
     near = all(
         point.what in _JOINING
         and point.number == launched.number - 1
-        # A rank that calls averaged() alone is to be told before the run is over.
-        and (point.what != "averaged()" or launched.step - point.step <= _STEPS_APART)
+        # A rank that makes a call alone is to be told before the run is over.
+        and (point.what == "finish()" or launched.step - point.step <= _STEPS_APART)
         for point in calls
     )
     return launched.number if alike and near else None
