@@ -29,6 +29,7 @@ from commhooks.engine.network.codecs import CODECS
 from commhooks.engine.network.communicator import done
 from commhooks.engine.network.islands import island_of, settle_layout, workers_of
 from commhooks.engine.rules import Rules
+from commhooks.engine.steps.claims import claim, refuse_claimed, release
 from commhooks.engine.steps.model import (
     ModelWatch,
     ParameterCheck,
@@ -291,6 +292,7 @@ class CommHookState(Rules, Joinable):
                 raise RegistrationError(
                     "island is for DDP models; the ranks of a sharded model are its island."
                 )
+            refuse_claimed(parameters)
             self._fit_to(parameters)
             check_patterns(model, self.average_buffers)
             unwrapped = check_optimizers(optimizers, list(parameters.values()))
@@ -326,13 +328,16 @@ class CommHookState(Rules, Joinable):
                 reshard=check.reshard,
             )
         )
+        claim(self, parameters)
         assert self._engine is not None
         self._model = weakref.ref(model)
         self._optimizers = ShardedWatch(
             self._engine, list(parameters.values()), unwrapped, scaler=scaler
         )
         self._engine.read_rates_from(self._optimizers.rates)
-        self._model_watch = ModelWatch(model, self._before_sharded_forward, self._before_load)
+        self._model_watch = ModelWatch(
+            model, self._before_sharded_forward, self._before_load, self._optimizers.close
+        )
 
     def before_first_forward(self, ddp: DistributedDataParallel) -> None:
         """The model that this state is the hook of is about to run (the bare form). Collective."""
@@ -352,7 +357,9 @@ class CommHookState(Rules, Joinable):
         ddp = check_model(ddp, given, hooked=bare)
         check_group(self.process_group, ddp)
         check_patterns(ddp.module, self.average_buffers)
-        self._fit_to(synchronized_parameters(ddp))
+        parameters = synchronized_parameters(ddp)
+        refuse_claimed(parameters)
+        self._fit_to(parameters)
         return ddp
 
     def _refuse_registered(self) -> None:
@@ -445,10 +452,15 @@ class CommHookState(Rules, Joinable):
         assert self._engine is not None
         # A strong reference would close a cycle through DDP's reducer, which no collector sees.
         self._model = weakref.ref(ddp)
-        parameters = synchronized_parameters(ddp).values()
-        self._optimizers = OptimizerWatch(self._engine, parameters, optimizers, scaler=scaler)
+        parameters = synchronized_parameters(ddp)
+        claim(self, parameters)
+        self._optimizers = OptimizerWatch(
+            self._engine, parameters.values(), optimizers, scaler=scaler
+        )
         self._engine.read_rates_from(self._optimizers.rates)
-        self._model_watch = ModelWatch(ddp, self._before_forward, self._before_load)
+        self._model_watch = ModelWatch(
+            ddp, self._before_forward, self._before_load, self._optimizers.close
+        )
         if ddp.forward_sync_buffers and any(True for _ in ddp.module.buffers()):
             logger.info(
                 "commhooks: DDP no longer broadcasts buffers at every forward; averaged() and "
@@ -620,6 +632,7 @@ class CommHookState(Rules, Joinable):
             if self._announcements is not None:
                 self._announcements.remove()
             self._engine = self._optimizers = self._model_watch = self._announcements = None
+            release(self)
 
     # Ranks with different numbers of batches: `with Join([state, ddp_model]):`.
 

@@ -29,6 +29,7 @@ class ModelWatch:
         model: the model.
         before_forward: called before a forward; with the model, if that is a DDP model.
         before_load: called before parameters are loaded; it may raise to forbid it.
+        gone: called when the model is gone, for it can make no more steps.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class ModelWatch:
         model: nn.Module,
         before_forward: Callable[..., None],
         before_load: Callable[[], None],
+        gone: Callable[[], None],
     ) -> None:
         # Of the module within, since that one may be loaded, too.
         module = model.module if isinstance(model, DistributedDataParallel) else model
@@ -43,11 +45,19 @@ class ModelWatch:
             module.register_load_state_dict_pre_hook(_Hook(before_load)),
             model.register_forward_pre_hook(_Hook(before_forward)),
         ]
+        self._end = weakref.finalize(model, _call, weakref.WeakMethod(gone))
+        self._end.atexit = False
 
     def close(self) -> None:
         """Call back no longer."""
+        self._end.detach()
         for handle in self._handles:
             handle.remove()
+
+
+def _call(target: weakref.WeakMethod[Callable[[], None]]) -> None:
+    if (alive := target()) is not None:
+        alive()
 
 
 class _Hook:
