@@ -145,28 +145,23 @@ class FromAList(FromTheStart):
         return next(starts)
 
 
-class DualAverage(Optimizer):
-    """As D-Adaptation's SGD: x0 and the point z that is drawn to; the parameters follow slowly."""
+class DAdaptSGD(Optimizer):
+    """Dual averaging, as D-Adaptation's optimizer of this name with momentum."""
 
-    def __init__(self, params: Any, rates: Sequence[float]) -> None:
-        super().__init__(params, {})
-        self.rates, self.count = rates, 0
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        rate = self.rates[min(self.count, len(self.rates) - 1)]
-        self.count += 1
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 if not state:
-                    state["z"], state["x0"] = p.detach().clone(), p.detach().clone()
-                    state["s"] = torch.zeros_like(p)
-                state["s"].add_(p.grad, alpha=rate)
-                state["z"].copy_(state["x0"] - state["s"])
-                p.mul_(0.9).add_(state["z"], alpha=0.1)
+                    state["x0"], state["s"] = p.detach().clone(), torch.zeros_like(p)
+                state["s"].add_(p.grad, alpha=group["lr"])
+                p.mul_(0.9).add_(state["x0"] - state["s"], alpha=0.1)
 
 
 class LateMasters(MastersInState):

@@ -19,7 +19,7 @@ from tests.cases import Case
 from tests.expected import assert_ranks_follow
 from tests.harness import run_ranks
 from tests.optimizers.keeping_copies import (
-    DualAverage,
+    DAdaptSGD,
     FromAList,
     FromTheStart,
     LateMasters,
@@ -67,6 +67,7 @@ KINDS: list[tuple[Make, str, torch.dtype]] = [
     (MastersInAList, "MastersInAList", torch.float16),
     (lookahead, "Lookahead", torch.float32),
     (ScheduleFree, "ScheduleFree", torch.float32),
+    (DAdaptSGD, "DAdaptSGD writes", torch.float32),
     (zero, "ZeroRedundancyOptimizer", torch.float32),
 ]
 
@@ -179,7 +180,7 @@ def test_parameters_that_do_not_move() -> None:
     assert_ranks_follow(cases, run_ranks(trajectories, 2, cases))
 
 
-REMEMBERING = (FromTheStart, FromAList, DualAverage)
+REMEMBERING = (FromTheStart, FromAList)
 WARM_UP = (0.0, 0.0, 0.02, 0.05)
 TOO_SMALL = (1e-9,)
 """For bf16, at any of these weights."""
@@ -215,7 +216,7 @@ def test_optimizers_that_remember_where_they_started(form: Form) -> None:
             optimizers=partial(remembering, kind, TO_AND_FRO),
             backward=ones,
         )
-        for kind in (FromTheStart, FromAList)
+        for kind in REMEMBERING
     ]
     for outcome in run_ranks(steps_of, 2, cases, form):
         assert outcome == [case.steps for case in cases]

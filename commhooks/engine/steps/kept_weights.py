@@ -37,6 +37,12 @@ def check_optimizer(optimizer: Optimizer) -> None:
             f"that an average would be undone. {_ADVICE} BMUF does to the mean of the "
             "models what Lookahead does to one."
         )
+    if name in ("DAdaptSGD", "DAdaptAdaGrad"):
+        raise RegistrationError(
+            f"{name} writes the parameters from where they started and the sum of its own "
+            "gradients since then, so that an average would be undone. Take an optimizer that "
+            "moves them from where they are, such as DAdaptAdam or Prodigy."
+        )
     if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
         raise RegistrationError(
             f"{name} lets every rank update a part of the model from gradients that are averaged "
