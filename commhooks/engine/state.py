@@ -38,6 +38,7 @@ from commhooks.engine.steps.model import (
     when_forwarded,
 )
 from commhooks.engine.steps.optimizers import OptimizerWatch
+from commhooks.engine.steps.reducers import refuse_optimizers_in_backward
 from commhooks.engine.steps.registration import (
     check_group,
     check_model,
@@ -45,6 +46,7 @@ from commhooks.engine.steps.registration import (
     check_scaler,
     parameter_facts,
     refuse_unknown,
+    require_known_groups,
     require_process_group,
     synchronized_parameters,
     trainable,
@@ -169,6 +171,7 @@ class CommHookState(Rules, Joinable):
         comes from, and measures it.)
         """
         self._factor_known = True
+        require_known_groups(self.process_group, self.island)
         engine = self._engine
         m = engine.layout.m if engine else workers_of(self.island, self.process_group)
         return self.rate_factor(m)
@@ -252,11 +255,13 @@ class CommHookState(Rules, Joinable):
                 "state = commhooks.LocalSGD(tau=8); state.register(ddp_model, optimizer)."
             )
         require_process_group()
+        require_known_groups(self.process_group, self.island)
         sharded = as_sharded(model)
         if sharded is not None:
             self._register_sharded(sharded, optimizers, scaler, unknown)
             return
         ddp = unwrap_ddp(model)
+        require_known_groups(ddp and ddp.process_group)
         refusal: str | None = None
         unwrapped: list[Optimizer] = []
         try:
@@ -339,14 +344,17 @@ class CommHookState(Rules, Joinable):
             model, self._before_sharded_forward, self._before_load, self._optimizers.close
         )
 
-    def before_first_forward(self, ddp: DistributedDataParallel) -> None:
+    def before_first_forward(self, model: nn.Module) -> None:
         """The model that this state is the hook of is about to run (the bare form). Collective."""
+        ddp = unwrap_ddp(model)
+        require_known_groups(self.process_group, self.island, ddp and ddp.process_group)
         refusal: str | None = None
         try:
-            self._check_model(ddp, type(ddp), bare=True)
+            self._check_model(ddp, type(model), bare=True)
         except RegistrationError as error:
             refusal = str(error)
         self._build(ddp, refusal, {}, ())
+        assert ddp is not None
         self._bare_model = frozenset(map(id, ddp.module.parameters()))
         self._watch(ddp, (), None)
 
@@ -510,6 +518,8 @@ class CommHookState(Rules, Joinable):
         engine, optimizers = self._engine, self._optimizers
         if engine is None or optimizers is None:
             return
+        if not model._lazy_init_ran:
+            refuse_optimizers_in_backward(model)
         engine.before_forward(model)
         trains = torch.is_grad_enabled() and model.require_backward_grad_sync
         joined = model._join_config.enable and not self._join_config.enable

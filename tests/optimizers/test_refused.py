@@ -233,18 +233,17 @@ def steps_of(cases: Sequence[Case], form: Form) -> list[int]:
     return counts
 
 
-def masters_that_move_late() -> int:
-    """The step at which they are found."""
+def masters_that_move_late() -> None:
     case = Case("LocalSGD", {"tau": 2}, optimizers=lambda model: [LateMasters(trained(model))])
     trainer = Trainer(case)
+    for _ in range(12):
+        trainer.step()
     with pytest.raises(commhooks.RegistrationError, match="LateMasters keeps copies"):
-        for _ in range(20):
-            trainer.step()
-    return trainer.steps
+        trainer.step()
 
 
 def test_masters_are_found_at_the_first_step_that_moves_the_weights() -> None:
-    assert run_ranks(masters_that_move_late, 2) == [13, 13]
+    run_ranks(masters_that_move_late, 2)
 
 
 def one_layer(dtype: torch.dtype) -> nn.Module:

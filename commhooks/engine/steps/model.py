@@ -13,12 +13,29 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["ModelWatch", "ParameterCheck", "unwrap_ddp", "when_forwarded"]
+from commhooks.engine.steps.reducers import hooks_of_replicate
+
+__all__ = ["ModelWatch", "ParameterCheck", "unwrap_ddp", "unwrapped_model", "when_forwarded"]
+
+# Where Lightning Fabric and torch.compile keep what they wrap. Fabric's wrapper has also all
+# attributes of the module within the DDP model, and so it is asked for its own one first.
+_INSIDE = ("_forward_module", "_orig_mod")
+
+
+def unwrapped_model(model: object) -> object:
+    """The model in what torch.compile and Fabric's ``setup`` have put around it."""
+    while not isinstance(model, DistributedDataParallel):
+        inside = (getattr(model, name, None) for name in _INSIDE)
+        inner = next((each for each in inside if isinstance(each, nn.Module)), None)
+        if inner is None:
+            break
+        model = inner
+    return model
 
 
 def unwrap_ddp(module: object) -> DistributedDataParallel | None:
     """The DDP model in ``module``, which may be a compiled one; None if there is none."""
-    inner = getattr(module, "_orig_mod", module)
+    inner = unwrapped_model(module)
     return inner if isinstance(inner, DistributedDataParallel) else None
 
 
@@ -134,7 +151,7 @@ _ADVICE = (
 
 
 class _Registers(Protocol):
-    def before_first_forward(self, model: DistributedDataParallel) -> None: ...
+    def before_first_forward(self, model: nn.Module) -> None: ...
 
 
 def when_forwarded(state: _Registers) -> None:
@@ -169,6 +186,10 @@ def _look(module: nn.Module, args: Any) -> None:
         _handle.remove()
         _handle = None
         return
+    for state in hooks_of_replicate(module):
+        if state in _waiting:
+            _waiting.discard(state)
+            state.before_first_forward(module)
     ddp = unwrap_ddp(module)
     if ddp is None:
         return
