@@ -49,6 +49,6 @@ def comm_hook(
             "state.register(ddp_model, optimizer), or "
             "ddp_model.register_comm_hook(state, commhooks.comm_hook)."
         )
-    if not isinstance(bucket, dist.GradBucket):
+    if isinstance(bucket, tuple):
         refuse_python_reducer()
     return state.reduce_gradients(bucket)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -514,8 +513,14 @@ class CommHookState(Rules, Joinable):
             return done(bucket.buffer())
         return self._engine.reduce_gradients(bucket)
 
+    @property
+    def _engine_here(self) -> Engine | None:
+        """The engine, on the thread that trains; a forward on any other is none of its business."""
+        engine = self._engine
+        return engine if engine is not None and engine.thread.is_this else None
+
     def _before_forward(self, model: DistributedDataParallel) -> None:
-        engine, optimizers = self._engine, self._optimizers
+        engine, optimizers = self._engine_here, self._optimizers
         if engine is None or optimizers is None:
             return
         if not model._lazy_init_ran:
@@ -533,8 +538,8 @@ class CommHookState(Rules, Joinable):
         optimizers.before_forward()
 
     def _before_sharded_forward(self) -> None:
-        if self._engine is not None and self.model is not None:
-            self._engine.before_forward(self.model)
+        if (engine := self._engine_here) is not None and self.model is not None:
+            engine.before_forward(self.model)
 
     def _before_load(self) -> None:
         """``model.load_state_dict`` is about to write to the parameters."""
@@ -709,7 +714,7 @@ class CommHookState(Rules, Joinable):
 
     def _announce_step(self, model: DistributedDataParallel, args: object) -> None:
         """Tell the ranks that are out of batches that a forward begins, as DDP itself would."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self._engine_here is None:
             return
         if self._join_config.enable and not self._join_config.is_first_joinable:
             raise RegistrationError(
@@ -746,11 +751,8 @@ class CommHookState(Rules, Joinable):
     @property
     def stats(self) -> Stats:
         """A snapshot of what this rank has sent, waited for and hidden; zeros before a start."""
-        if self._engine is not None:
-            if threading.current_thread() is threading.main_thread():
-                self._engine.pass_by()
-            return self._engine.stats()
-        return self._closed or Stats()
+        engine = self._engine
+        return engine.stats() if engine is not None else self._closed or Stats()
 
     # Checkpoints.
 

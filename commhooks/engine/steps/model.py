@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from commhooks.engine.guards.training_thread import TrainingThread
 from commhooks.engine.steps.reducers import hooks_of_replicate
 
 __all__ = ["ModelWatch", "ParameterCheck", "unwrap_ddp", "unwrapped_model", "when_forwarded"]
@@ -161,17 +162,18 @@ def when_forwarded(state: _Registers) -> None:
     forwards of all modules finds the model; it is taken away as soon as no state waits for its own.
     """
     global _handle
-    _waiting.add(state)
+    _waiting[state] = TrainingThread()
     if _handle is None:
         _handle = register_module_forward_pre_hook(_look)
 
 
 def no_longer(state: _Registers) -> None:
     """The state has found its model."""
-    _waiting.discard(state)
+    _waiting.pop(state, None)
 
 
-_waiting: weakref.WeakSet[_Registers] = weakref.WeakSet()
+# The thread that has built a state is taken for the one that trains.
+_waiting: weakref.WeakKeyDictionary[_Registers, TrainingThread] = weakref.WeakKeyDictionary()
 _handle: RemovableHandle | None = None
 
 
@@ -182,19 +184,22 @@ def _has_hook(ddp: DistributedDataParallel) -> bool:
 
 def _look(module: nn.Module, args: Any) -> None:
     global _handle
-    if not _waiting and _handle is not None:
-        _handle.remove()
+    handle = _handle
+    if not _waiting and handle is not None:
+        handle.remove()
         _handle = None
         return
-    for state in hooks_of_replicate(module):
-        if state in _waiting:
-            _waiting.discard(state)
-            state.before_first_forward(module)
     ddp = unwrap_ddp(module)
-    if ddp is None:
+    hooked = {id(each) for each in hooks_of_replicate(module)}
+    if ddp is not None:
+        hooked = {id(state) for _, state in getattr(ddp, "_comm_hooks", ())}
+    if not hooked:
         return
-    for _, state in getattr(ddp, "_comm_hooks", ()):
+    for state, thread in list(_waiting.items()):
         # A copy of a DDP model has a list of hooks, but no reducer that would call them.
-        if state in _waiting and _has_hook(ddp):
-            _waiting.discard(state)
-            state.before_first_forward(ddp)
+        if id(state) not in hooked or (ddp is not None and not _has_hook(ddp)):
+            continue
+        # An evaluation on another thread is not where the ranks meet.
+        if thread.is_this or torch.is_grad_enabled():
+            no_longer(state)
+            state.before_first_forward(module)
