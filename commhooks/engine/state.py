@@ -170,10 +170,10 @@ class CommHookState(Rules, Joinable):
         comes from, and measures it.)
         """
         self._factor_known = True
+        if self._engine is not None:
+            return self.rate_factor(self._engine.layout.m)
         require_known_groups(self.process_group, self.island)
-        engine = self._engine
-        m = engine.layout.m if engine else workers_of(self.island, self.process_group)
-        return self.rate_factor(m)
+        return self.rate_factor(workers_of(self.island, self.process_group))
 
     def hyperparameters(self) -> dict[str, object]:
         """What decides the trajectory, as plain values, by the names the constructor takes."""
