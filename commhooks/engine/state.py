@@ -233,20 +233,21 @@ class CommHookState(Rules, Joinable):
 
         Args:
             model: a ``DistributedDataParallel``, compiled or not, as built or as
-                ``accelerator.prepare`` returns it. Or a module that
+                ``accelerator.prepare`` or Fabric's ``setup`` returns it. Or a module that
                 ``torch.distributed.fsdp.fully_shard`` was applied to, over a mesh of the ranks of
                 one island; ``process_group`` is then the group of the ranks that hold the same
                 shard in the other islands.
-            *optimizers: all that update the model, as built or as ``accelerator.prepare`` returns
-                them. A boundary runs right after the last of them has stepped.
+            *optimizers: all that update the model, as built or as ``accelerator.prepare`` or
+                Fabric's ``setup`` returns them. A boundary runs right after the last of them has
+                stepped.
             scaler: the loop's GradScaler, if it uses one, so that a step it skips counts too.
-                Optimizers prepared by Accelerate bring theirs.
+                Optimizers prepared by Accelerate or Fabric bring theirs.
             **unknown: refused by name.
 
         Raises:
-            RegistrationError: an argument or a checkpoint that was loaded before does not fit, or
-                the ranks disagree on the algorithm, its hyper-parameters or the parameters. Raised
-                on every rank; nothing has changed.
+            RegistrationError: an argument or a checkpoint that was loaded before does not fit, a
+                parameter belongs to another state, or the ranks disagree on the algorithm, its
+                hyper-parameters or the parameters. Raised on every rank; nothing has changed.
         """
         if not isinstance(self, CommHookState):
             raise RegistrationError(
