@@ -99,6 +99,12 @@ def a_second_state_for_one_model() -> None:
         state.register(model, an_optimizer(model))
 
 
+def after_a_built_in_hook() -> None:
+    model: Any = a_model()
+    model._register_builtin_comm_hook(torch._C._distributed_c10d.BuiltinCommHookType.FP16_COMPRESS)
+    commhooks.LocalSGD(tau=2).register(model, an_optimizer(model))
+
+
 def after_the_bare_form() -> None:
     model, state = a_model(), commhooks.LocalSGD(tau=2)
     model.register_comm_hook(state, commhooks.comm_hook)
@@ -134,7 +140,7 @@ class Managed(dist.ProcessGroup):
     """As torchft has them: a group that torch.distributed has not made."""
 
     def __init__(self) -> None:
-        super().__init__(0, 1)
+        super().__init__(0, 1)  # type: ignore[call-arg]
 
 
 def a_foreign_group() -> None:
@@ -228,6 +234,7 @@ REFUSALS: list[tuple[Misuse, str]] = [
     (the_same_state_twice, "build one state for every"),
     (the_same_state_for_another_model, "build one state for every"),
     (a_second_state_for_one_model, "already"),
+    (after_a_built_in_hook, "already"),
     (after_the_bare_form, "already"),
     (the_same_state_bare_on_two_models, "build one state for every"),
     (sparse_gradients, "sparse=False"),

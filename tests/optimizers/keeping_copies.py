@@ -136,13 +136,13 @@ class FromAList(FromTheStart):
             group["init_buffer"] = [p.detach().clone() for p in group["params"]]
 
     def start_of(self, p: Tensor) -> Tensor:
-        starts = (
+        found: Tensor = next(
             start
             for group in self.param_groups
             for each, start in zip(group["params"], group["init_buffer"], strict=True)
             if each is p
         )
-        return next(starts)
+        return found
 
 
 class DAdaptSGD(Optimizer):

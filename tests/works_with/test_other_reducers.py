@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._composable import replicate
-from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 from torch.optim import SGD
@@ -47,7 +47,7 @@ def python_reducer_bare() -> None:
 
 
 def python_reducer_bare_by_its_method() -> None:
-    model = by_the_python_reducer()
+    model: Any = by_the_python_reducer()
     model.register_comm_hook(commhooks.LocalSGD(tau=2), commhooks.comm_hook)
     model.forward(torch.ones(4, 5)).sum().backward()
 

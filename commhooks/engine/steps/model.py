@@ -16,7 +16,14 @@ from torch.utils.hooks import RemovableHandle
 from commhooks.engine.guards.training_thread import TrainingThread
 from commhooks.engine.steps.reducers import hooks_of_replicate
 
-__all__ = ["ModelWatch", "ParameterCheck", "unwrap_ddp", "unwrapped_model", "when_forwarded"]
+__all__ = [
+    "ModelWatch",
+    "ParameterCheck",
+    "has_hook",
+    "unwrap_ddp",
+    "unwrapped_model",
+    "when_forwarded",
+]
 
 # Where Lightning Fabric and torch.compile keep what they wrap. Fabric's wrapper has also all
 # attributes of the module within the DDP model, and so it is asked for its own one first.
@@ -177,7 +184,8 @@ _waiting: weakref.WeakKeyDictionary[_Registers, TrainingThread] = weakref.WeakKe
 _handle: RemovableHandle | None = None
 
 
-def _has_hook(ddp: DistributedDataParallel) -> bool:
+def has_hook(ddp: DistributedDataParallel) -> bool:
+    """Whether DDP's reducer has a communication hook, of Python or built in."""
     facts: dict[str, object] = ddp._get_ddp_logging_data()  # type: ignore[no-untyped-call]
     return bool(facts.get("comm_hook"))
 
@@ -197,7 +205,7 @@ def _look(module: nn.Module, args: Any) -> None:
         return
     for state, thread in list(_waiting.items()):
         # A copy of a DDP model has a list of hooks, but no reducer that would call them.
-        if id(state) not in hooked or (ddp is not None and not _has_hook(ddp)):
+        if id(state) not in hooked or (ddp is not None and not has_hook(ddp)):
             continue
         # An evaluation on another thread is not where the ranks meet.
         if thread.is_this or torch.is_grad_enabled():

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from commhooks.engine.steps.kept_weights import check_optimizer
+from commhooks.engine.steps.model import has_hook
 from commhooks.engine.steps.optimizers import owned, unwrapped
 from commhooks.engine.steps.reducers import refuse_other_reducers, refuse_replicate
 from commhooks.errors import RegistrationError
@@ -89,7 +90,7 @@ def check_model(
             "Accelerator(cpu=True).)"
         )
     refuse_other_reducers(ddp)
-    if getattr(ddp, "_comm_hooks", None) and not hooked:
+    if not hooked and (getattr(ddp, "_comm_hooks", None) or has_hook(ddp)):
         raise RegistrationError(
             "This DDP model has a communication hook already, and DDP takes one for life; wrap "
             "the module in a new DistributedDataParallel and register there, once."
