@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from commhooks.engine.steps.reducers import refuse_python_reducer
 from commhooks.errors import RegistrationError
 
 if TYPE_CHECKING:
@@ -48,4 +49,6 @@ def comm_hook(
             "state.register(ddp_model, optimizer), or "
             "ddp_model.register_comm_hook(state, commhooks.comm_hook)."
         )
+    if isinstance(bucket, tuple):
+        refuse_python_reducer()
     return state.reduce_gradients(bucket)

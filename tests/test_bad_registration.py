@@ -99,6 +99,12 @@ def a_second_state_for_one_model() -> None:
         state.register(model, an_optimizer(model))
 
 
+def after_a_built_in_hook() -> None:
+    model: Any = a_model()
+    model._register_builtin_comm_hook(torch._C._distributed_c10d.BuiltinCommHookType.FP16_COMPRESS)
+    commhooks.LocalSGD(tau=2).register(model, an_optimizer(model))
+
+
 def after_the_bare_form() -> None:
     model, state = a_model(), commhooks.LocalSGD(tau=2)
     model.register_comm_hook(state, commhooks.comm_hook)
@@ -128,6 +134,52 @@ def another_group_than_the_models() -> None:
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
     model = DistributedDataParallel(ragged_model(), process_group=alone)
     commhooks.LocalSGD(tau=2, process_group=dist.group.WORLD).register(model, an_optimizer(model))
+
+
+class Managed(dist.ProcessGroup):
+    """As torchft has them: a group that torch.distributed has not made."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)  # type: ignore[call-arg]
+
+
+def a_foreign_group() -> None:
+    model = a_model()
+    commhooks.LocalSGD(tau=2, process_group=Managed()).register(model, an_optimizer(model))
+
+
+def a_foreign_island() -> None:
+    model = a_model()
+    commhooks.LocalSGD(tau=2, island=Managed()).register(model, an_optimizer(model))
+
+
+def the_factor_of_a_foreign_group() -> None:
+    assert commhooks.LocalSGD(tau=2, process_group=Managed()).lr_factor
+
+
+def over_a_foreign_group() -> DistributedDataParallel:
+    model = a_model()
+    model.process_group = Managed()
+    return model
+
+
+def a_model_over_a_foreign_group() -> None:
+    model = over_a_foreign_group()
+    commhooks.LocalSGD(tau=2).register(model, an_optimizer(model))
+
+
+def a_model_over_a_foreign_group_in_the_bare_form() -> None:
+    model = over_a_foreign_group()
+    model.register_comm_hook(commhooks.LocalSGD(tau=2), commhooks.comm_hook)
+    gradient(model, dist.get_rank(), 1)
+
+
+def a_group_that_has_been_destroyed() -> None:
+    group = dist.new_group()
+    model = a_model()
+    state = commhooks.LocalSGD(tau=2, process_group=group)
+    dist.destroy_process_group(group)
+    state.register(model, an_optimizer(model))
 
 
 def an_optimizer_by_keyword() -> None:
@@ -162,6 +214,8 @@ def something_else_in_the_bare_form() -> None:
 
 THE_RIGHT_CALL = r"state\.register\(ddp_model, optimizer\)"
 
+A_LASTING_GROUP = r"Managed \(tests\..*use a group of init_process_group"
+
 REFUSALS: list[tuple[Misuse, str]] = [
     (not_ddp, "wrap.*DistributedDataParallel"),
     (not_even_a_module, "DistributedDataParallel"),
@@ -180,10 +234,17 @@ REFUSALS: list[tuple[Misuse, str]] = [
     (the_same_state_twice, "build one state for every"),
     (the_same_state_for_another_model, "build one state for every"),
     (a_second_state_for_one_model, "already"),
+    (after_a_built_in_hook, "already"),
     (after_the_bare_form, "already"),
     (the_same_state_bare_on_two_models, "build one state for every"),
     (sparse_gradients, "sparse=False"),
     (sparse_gradients_in_the_bare_form, "sparse=False"),
+    (a_foreign_group, A_LASTING_GROUP),
+    (a_foreign_island, A_LASTING_GROUP),
+    (the_factor_of_a_foreign_group, A_LASTING_GROUP),
+    (a_model_over_a_foreign_group, A_LASTING_GROUP),
+    (a_model_over_a_foreign_group_in_the_bare_form, A_LASTING_GROUP),
+    (a_group_that_has_been_destroyed, "ProcessGroup .*has been destroyed"),
     (another_group_than_the_models, r"process_group=ddp_model\.process_group"),
 ]
 

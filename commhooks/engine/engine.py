@@ -17,6 +17,7 @@ from commhooks.drift import DriftTable
 from commhooks.engine.advice import Advice
 from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.guards.refused_backward import after_backward, raise_after_backward
+from commhooks.engine.guards.training_thread import TrainingThread
 from commhooks.engine.meter import Meter
 from commhooks.engine.network.agreement import tell
 from commhooks.engine.network.communicator import done
@@ -80,6 +81,9 @@ class Engine:
         local: gives this rank's shard of a parameter, for a model whose island shards it; None
             where every rank has all of it.
         reshard: makes the next forward see what is written to the shards.
+
+    Attributes:
+        thread: the one that trains.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Engine:
         local: Callable[[Tensor], Tensor] | None = None,
         reshard: Callable[[], None] = lambda: None,
     ) -> None:
+        self.thread = TrainingThread()
         # A state holds its engine; a cycle would keep dropped states, and their groups, for long.
         self._rules_alive = weakref.ref(rules)
         self._check = check
@@ -240,7 +245,7 @@ class Engine:
         Inside ``averaged()`` the backward ends in a RegistrationError and is no step; where the
         ranks are not at the same point, in a RoundError.
         """
-        self.pass_by()
+        self._proceed()
         first, last = self._backwards.place(bucket)
         gradient = done(bucket.buffer())
         if self._consensus is not None:
@@ -287,15 +292,20 @@ class Engine:
         return gradient
 
     def before_forward(self, model: nn.Module) -> None:
-        """The model is about to run."""
-        self.pass_by()
+        """The model is about to run, on the thread that trains."""
+        self._proceed()
         if torch.is_grad_enabled() and self._consensus is None and self.writes.found:
             self.parameters_overwritten()
         if not (model.training or torch.is_grad_enabled() or self._consensus is not None):
             self._advice.evaluated()
 
     def pass_by(self) -> None:
-        """The training thread passes; start what waits for it, the same order on every rank."""
+        """An optimizer has stepped, so that this is the thread that trains."""
+        self.thread.move_here()
+        self._proceed()
+
+    def _proceed(self) -> None:
+        """Start what waits for the training thread to pass, in the same order on every rank."""
         while self._sending and self._sending[0].proceed():
             self._sending.popleft()
 
@@ -362,6 +372,7 @@ class Engine:
         Raises:
             RoundError: a round failed, now or before.
         """
+        self.thread.move_here()
         self._call.raise_if_failed()
         self._run_until(self._standing.step, wait=wait)
 
@@ -600,8 +611,11 @@ class Engine:
     # Reports and checkpoints.
 
     def stats(self) -> Stats:
-        """The counters now."""
-        self._gradients.settle()
+        """The counters now; on another thread than the one that trains, those of a moment ago."""
+        if self.thread.is_this:
+            self._proceed()
+            self._gradients.settle()
+            self._meter.settle(wait=True)
         return self._progress.stats(self._standing.step)
 
     @_outside_inference_mode

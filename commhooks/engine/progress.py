@@ -119,14 +119,15 @@ class Progress:
     def stats(self, step: int) -> Stats:
         """The counters now."""
         meter = self._meter
-        meter.settle(wait=True)
         hidden, arrived = meter.seconds_hidden, 0
         square = 0.0
         for fragment in self._fragments:
-            if fragment.round is not None and fragment.round.done:
+            # Once: the training thread may take it away, if this is another one.
+            flying = fragment.round
+            if flying is not None and flying.done:
                 # Whenever it is waited for, it was hidden until now.
                 arrived += 1
-                hidden += max(0.0, fragment.round.arrived.seconds_since(fragment.round.launched))
+                hidden += max(0.0, flying.arrived.seconds_since(flying.launched))
             if fragment.squared_distance is not None:
                 square += fragment.squared_distance.read().item()
         return Stats(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from commhooks.engine.network.codecs import CODECS
 from commhooks.engine.network.communicator import done
 from commhooks.engine.network.islands import island_of, settle_layout, workers_of
 from commhooks.engine.rules import Rules
+from commhooks.engine.steps.claims import claim, refuse_claimed, release
 from commhooks.engine.steps.model import (
     ModelWatch,
     ParameterCheck,
@@ -37,6 +37,7 @@ from commhooks.engine.steps.model import (
     when_forwarded,
 )
 from commhooks.engine.steps.optimizers import OptimizerWatch
+from commhooks.engine.steps.reducers import refuse_optimizers_in_backward
 from commhooks.engine.steps.registration import (
     check_group,
     check_model,
@@ -44,6 +45,7 @@ from commhooks.engine.steps.registration import (
     check_scaler,
     parameter_facts,
     refuse_unknown,
+    require_known_groups,
     require_process_group,
     synchronized_parameters,
     trainable,
@@ -168,9 +170,10 @@ class CommHookState(Rules, Joinable):
         comes from, and measures it.)
         """
         self._factor_known = True
-        engine = self._engine
-        m = engine.layout.m if engine else workers_of(self.island, self.process_group)
-        return self.rate_factor(m)
+        if self._engine is not None:
+            return self.rate_factor(self._engine.layout.m)
+        require_known_groups(self.process_group, self.island)
+        return self.rate_factor(workers_of(self.island, self.process_group))
 
     def hyperparameters(self) -> dict[str, object]:
         """What decides the trajectory, as plain values, by the names the constructor takes."""
@@ -230,20 +233,21 @@ class CommHookState(Rules, Joinable):
 
         Args:
             model: a ``DistributedDataParallel``, compiled or not, as built or as
-                ``accelerator.prepare`` returns it. Or a module that
+                ``accelerator.prepare`` or Fabric's ``setup`` returns it. Or a module that
                 ``torch.distributed.fsdp.fully_shard`` was applied to, over a mesh of the ranks of
                 one island; ``process_group`` is then the group of the ranks that hold the same
                 shard in the other islands.
-            *optimizers: all that update the model, as built or as ``accelerator.prepare`` returns
-                them. A boundary runs right after the last of them has stepped.
+            *optimizers: all that update the model, as built or as ``accelerator.prepare`` or
+                Fabric's ``setup`` returns them. A boundary runs right after the last of them has
+                stepped.
             scaler: the loop's GradScaler, if it uses one, so that a step it skips counts too.
-                Optimizers prepared by Accelerate bring theirs.
+                Optimizers prepared by Accelerate or Fabric bring theirs.
             **unknown: refused by name.
 
         Raises:
-            RegistrationError: an argument or a checkpoint that was loaded before does not fit, or
-                the ranks disagree on the algorithm, its hyper-parameters or the parameters. Raised
-                on every rank; nothing has changed.
+            RegistrationError: an argument or a checkpoint that was loaded before does not fit, a
+                parameter belongs to another state, or the ranks disagree on the algorithm, its
+                hyper-parameters or the parameters. Raised on every rank; nothing has changed.
         """
         if not isinstance(self, CommHookState):
             raise RegistrationError(
@@ -251,11 +255,13 @@ class CommHookState(Rules, Joinable):
                 "state = commhooks.LocalSGD(tau=8); state.register(ddp_model, optimizer)."
             )
         require_process_group()
+        require_known_groups(self.process_group, self.island)
         sharded = as_sharded(model)
         if sharded is not None:
             self._register_sharded(sharded, optimizers, scaler, unknown)
             return
         ddp = unwrap_ddp(model)
+        require_known_groups(ddp and ddp.process_group)
         refusal: str | None = None
         unwrapped: list[Optimizer] = []
         try:
@@ -291,6 +297,7 @@ class CommHookState(Rules, Joinable):
                 raise RegistrationError(
                     "island is for DDP models; the ranks of a sharded model are its island."
                 )
+            refuse_claimed(parameters)
             self._fit_to(parameters)
             check_patterns(model, self.average_buffers)
             unwrapped = check_optimizers(optimizers, list(parameters.values()))
@@ -326,22 +333,28 @@ class CommHookState(Rules, Joinable):
                 reshard=check.reshard,
             )
         )
+        claim(self, parameters)
         assert self._engine is not None
         self._model = weakref.ref(model)
         self._optimizers = ShardedWatch(
             self._engine, list(parameters.values()), unwrapped, scaler=scaler
         )
         self._engine.read_rates_from(self._optimizers.rates)
-        self._model_watch = ModelWatch(model, self._before_sharded_forward, self._before_load)
+        self._model_watch = ModelWatch(
+            model, self._before_sharded_forward, self._before_load, self._optimizers.close
+        )
 
-    def before_first_forward(self, ddp: DistributedDataParallel) -> None:
+    def before_first_forward(self, model: nn.Module) -> None:
         """The model that this state is the hook of is about to run (the bare form). Collective."""
+        ddp = unwrap_ddp(model)
+        require_known_groups(self.process_group, self.island, ddp and ddp.process_group)
         refusal: str | None = None
         try:
-            self._check_model(ddp, type(ddp), bare=True)
+            self._check_model(ddp, type(model), bare=True)
         except RegistrationError as error:
             refusal = str(error)
         self._build(ddp, refusal, {}, ())
+        assert ddp is not None
         self._bare_model = frozenset(map(id, ddp.module.parameters()))
         self._watch(ddp, (), None)
 
@@ -352,7 +365,9 @@ class CommHookState(Rules, Joinable):
         ddp = check_model(ddp, given, hooked=bare)
         check_group(self.process_group, ddp)
         check_patterns(ddp.module, self.average_buffers)
-        self._fit_to(synchronized_parameters(ddp))
+        parameters = synchronized_parameters(ddp)
+        refuse_claimed(parameters)
+        self._fit_to(parameters)
         return ddp
 
     def _refuse_registered(self) -> None:
@@ -445,10 +460,15 @@ class CommHookState(Rules, Joinable):
         assert self._engine is not None
         # A strong reference would close a cycle through DDP's reducer, which no collector sees.
         self._model = weakref.ref(ddp)
-        parameters = synchronized_parameters(ddp).values()
-        self._optimizers = OptimizerWatch(self._engine, parameters, optimizers, scaler=scaler)
+        parameters = synchronized_parameters(ddp)
+        claim(self, parameters)
+        self._optimizers = OptimizerWatch(
+            self._engine, parameters.values(), optimizers, scaler=scaler
+        )
         self._engine.read_rates_from(self._optimizers.rates)
-        self._model_watch = ModelWatch(ddp, self._before_forward, self._before_load)
+        self._model_watch = ModelWatch(
+            ddp, self._before_forward, self._before_load, self._optimizers.close
+        )
         if ddp.forward_sync_buffers and any(True for _ in ddp.module.buffers()):
             logger.info(
                 "commhooks: DDP no longer broadcasts buffers at every forward; averaged() and "
@@ -494,10 +514,18 @@ class CommHookState(Rules, Joinable):
             return done(bucket.buffer())
         return self._engine.reduce_gradients(bucket)
 
+    @property
+    def _engine_here(self) -> Engine | None:
+        """The engine, on the thread that trains; a forward on any other is none of its business."""
+        engine = self._engine
+        return engine if engine is not None and engine.thread.is_this else None
+
     def _before_forward(self, model: DistributedDataParallel) -> None:
-        engine, optimizers = self._engine, self._optimizers
+        engine, optimizers = self._engine_here, self._optimizers
         if engine is None or optimizers is None:
             return
+        if not model._lazy_init_ran:
+            refuse_optimizers_in_backward(model)
         engine.before_forward(model)
         trains = torch.is_grad_enabled() and model.require_backward_grad_sync
         joined = model._join_config.enable and not self._join_config.enable
@@ -511,8 +539,8 @@ class CommHookState(Rules, Joinable):
         optimizers.before_forward()
 
     def _before_sharded_forward(self) -> None:
-        if self._engine is not None and self.model is not None:
-            self._engine.before_forward(self.model)
+        if (engine := self._engine_here) is not None and self.model is not None:
+            engine.before_forward(self.model)
 
     def _before_load(self) -> None:
         """``model.load_state_dict`` is about to write to the parameters."""
@@ -620,6 +648,7 @@ class CommHookState(Rules, Joinable):
             if self._announcements is not None:
                 self._announcements.remove()
             self._engine = self._optimizers = self._model_watch = self._announcements = None
+            release(self)
 
     # Ranks with different numbers of batches: `with Join([state, ddp_model]):`.
 
@@ -686,7 +715,7 @@ class CommHookState(Rules, Joinable):
 
     def _announce_step(self, model: DistributedDataParallel, args: object) -> None:
         """Tell the ranks that are out of batches that a forward begins, as DDP itself would."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self._engine_here is None:
             return
         if self._join_config.enable and not self._join_config.is_first_joinable:
             raise RegistrationError(
@@ -723,11 +752,8 @@ class CommHookState(Rules, Joinable):
     @property
     def stats(self) -> Stats:
         """A snapshot of what this rank has sent, waited for and hidden; zeros before a start."""
-        if self._engine is not None:
-            if threading.current_thread() is threading.main_thread():
-                self._engine.pass_by()
-            return self._engine.stats()
-        return self._closed or Stats()
+        engine = self._engine
+        return engine.stats() if engine is not None else self._closed or Stats()
 
     # Checkpoints.
 

@@ -16,6 +16,7 @@ FOREIGN = {
     "Connection closed by peer",
     "Connection reset by peer",
     "Timed out waiting ...",
+    "register_comm_hook or register_builtin_comm_hook can only be called once",
 }
 # Mistakes in calls of the checkpoint classes and the planner, whose messages say all there is.
 SELF_EVIDENT = {

@@ -1,5 +1,6 @@
 """Small optimizers of the kinds that keep weights of their own, as real libraries have them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,6 +98,80 @@ class ScheduleFree(Optimizer):
                 p.lerp_(z, 1 / group["k"])
                 p.sub_(p.grad, alpha=group["lr"] * (group["beta"] * (1 - 1 / group["k"]) - 1))
                 z.sub_(p.grad, alpha=group["lr"])
+
+
+class FromTheStart(Optimizer):
+    """As Prodigy: p0 is what the parameters were before the first step, and only measured from.
+
+    Args:
+        rates: the learning rates of the first steps; the last one stays.
+    """
+
+    def __init__(self, params: Any, rates: Sequence[float]) -> None:
+        super().__init__(params, {})
+        self.rates, self.count, self.distance = rates, 0, 0.0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        rate = self.rates[min(self.count, len(self.rates) - 1)]
+        self.count += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    start = self.start_of(p)
+                    self.distance = max(self.distance, float((p - start).norm()))
+                    p.sub_(p.grad, alpha=rate)
+
+    def start_of(self, p: Tensor) -> Tensor:
+        start: Tensor = self.state[p].setdefault("p0", p.detach().clone())
+        return start
+
+
+class FromAList(FromTheStart):
+    """As DoG: in a list of the group's, made at once."""
+
+    def __init__(self, params: Any, rates: Sequence[float]) -> None:
+        super().__init__(params, rates)
+        for group in self.param_groups:
+            group["init_buffer"] = [p.detach().clone() for p in group["params"]]
+
+    def start_of(self, p: Tensor) -> Tensor:
+        found: Tensor = next(
+            start
+            for group in self.param_groups
+            for each, start in zip(group["params"], group["init_buffer"], strict=True)
+            if each is p
+        )
+        return found
+
+
+class DAdaptSGD(Optimizer):
+    """Dual averaging, as D-Adaptation's optimizer of this name with momentum."""
+
+    def __init__(self, params: Any, lr: float = 0.05) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["x0"], state["s"] = p.detach().clone(), torch.zeros_like(p)
+                state["s"].add_(p.grad, alpha=group["lr"])
+                p.mul_(0.9).add_(state["x0"] - state["s"], alpha=0.1)
+
+
+class LateMasters(MastersInState):
+    """Masters, and a learning rate of 0 for longer than the search would take."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+            group["lr"] = 0.05 if group["steps"] > 12 else 0.0
+        super().step(closure)
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:

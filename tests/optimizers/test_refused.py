@@ -4,6 +4,7 @@ And that those which only look like one of them are not.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,13 +19,17 @@ from tests.cases import Case
 from tests.expected import assert_ranks_follow
 from tests.harness import run_ranks
 from tests.optimizers.keeping_copies import (
+    DAdaptSGD,
+    FromAList,
+    FromTheStart,
+    LateMasters,
     MastersInAList,
     MastersInState,
     ScheduleFree,
     lookahead,
 )
 from tests.training import Form, Trainer, trajectories
-from tests.workload import adamw, initialise, ragged_model, trained
+from tests.workload import adamw, initialise, loss, ragged_model, trained
 
 Make = Callable[[Any], Optimizer]
 
@@ -62,6 +67,7 @@ KINDS: list[tuple[Make, str, torch.dtype]] = [
     (MastersInAList, "MastersInAList", torch.float16),
     (lookahead, "Lookahead", torch.float32),
     (ScheduleFree, "ScheduleFree", torch.float32),
+    (DAdaptSGD, "DAdaptSGD writes", torch.float32),
     (zero, "ZeroRedundancyOptimizer", torch.float32),
 ]
 
@@ -172,6 +178,72 @@ def test_parameters_that_do_not_move() -> None:
         Case("OverlapLocalSGD", {"tau": 2}, dtype=torch.bfloat16, optimizers=small_steps),
     ]
     assert_ranks_follow(cases, run_ranks(trajectories, 2, cases))
+
+
+REMEMBERING = (FromTheStart, FromAList)
+WARM_UP = (0.0, 0.0, 0.02, 0.05)
+TOO_SMALL = (1e-9,)
+"""For bf16, at any of these weights."""
+TO_AND_FRO = (2**-9, -(2**-9)) * 6
+"""With a constant gradient: some of the weights go to another number of bf16 and back."""
+
+
+def ones(model: nn.Module, rank: int, step: int) -> None:
+    torch.autograd.backward(loss(model, rank, step))
+    for p in trained(model):
+        p.grad = torch.ones_like(p)
+
+
+def remembering(
+    kind: Callable[[Any, Sequence[float]], Optimizer], rates: Sequence[float], model: nn.Module
+) -> Sequence[Optimizer]:
+    return [kind(trained(model), rates)]
+
+
+@pytest.mark.parametrize("form", ["register", "hook"])
+def test_optimizers_that_remember_where_they_started(form: Form) -> None:
+    """Before the weights have moved, what an optimizer measures from equals them, bit for bit."""
+    cases = [
+        Case(algorithm, {"tau": tau}, dtype=dtype, optimizers=partial(remembering, kind, rates))
+        for kind in REMEMBERING
+        for algorithm, tau in (("LocalSGD", 1), ("OverlapLocalSGD", 2))
+        for dtype, rates in ((torch.float32, WARM_UP), (torch.bfloat16, TOO_SMALL))
+    ] + [
+        Case(
+            "OverlapLocalSGD",
+            {"tau": 20},
+            dtype=torch.bfloat16,
+            optimizers=partial(remembering, kind, TO_AND_FRO),
+            backward=ones,
+        )
+        for kind in REMEMBERING
+    ]
+    for outcome in run_ranks(steps_of, 2, cases, form):
+        assert outcome == [case.steps for case in cases]
+
+
+def steps_of(cases: Sequence[Case], form: Form) -> list[int]:
+    counts = []
+    for case in cases:
+        trainer = Trainer(case, form)
+        for _ in range(case.steps):
+            trainer.step()
+        trainer.state.finish()
+        counts.append(trainer.state.stats.step)
+    return counts
+
+
+def masters_that_move_late() -> None:
+    case = Case("LocalSGD", {"tau": 2}, optimizers=lambda model: [LateMasters(trained(model))])
+    trainer = Trainer(case)
+    for _ in range(12):
+        trainer.step()
+    with pytest.raises(commhooks.RegistrationError, match="LateMasters keeps copies"):
+        trainer.step()
+
+
+def test_masters_are_found_at_the_first_step_that_moves_the_weights() -> None:
+    run_ranks(masters_that_move_late, 2)
 
 
 def one_layer(dtype: torch.dtype) -> nn.Module:

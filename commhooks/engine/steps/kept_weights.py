@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from commhooks.engine.vectors.buckets import fingerprint
+from commhooks.engine.vectors.chunks import real
 from commhooks.errors import RegistrationError
 
-__all__ = ["check_optimizer", "check_weights"]
+__all__ = ["CopySearch", "check_optimizer"]
 
 _ADVICE = "Use a plain optimizer inside, such as torch.optim.AdamW, on the model's own parameters."
+
+# Some optimizers make their copies of the weights at the first step, Lookahead at the fifth.
+_CHECKED_STEPS = 10
 
 # How deep lists and dictionaries are looked through for copies of the weights.
 _DEPTH = 5
@@ -31,6 +37,12 @@ def check_optimizer(optimizer: Optimizer) -> None:
             f"that an average would be undone. {_ADVICE} BMUF does to the mean of the "
             "models what Lookahead does to one."
         )
+    if name in ("DAdaptSGD", "DAdaptAdaGrad"):
+        raise RegistrationError(
+            f"{name} writes the parameters from where they started and the sum of its own "
+            "gradients since then, so that an average would be undone. Take an optimizer that "
+            "moves them from where they are, such as DAdaptAdam or Prodigy."
+        )
     if any(base.__name__ == "ZeroRedundancyOptimizer" for base in type(optimizer).__mro__):
         raise RegistrationError(
             f"{name} lets every rank update a part of the model from gradients that are averaged "
@@ -44,18 +56,56 @@ def check_optimizer(optimizer: Optimizer) -> None:
         )
 
 
-def check_weights(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
-    """Refuse an optimizer that holds copies of the weights right now.
+class CopySearch:
+    """Looks for copies of the weights behind an optimizer's first steps, and refuses them.
 
     fp32 masters of half-precision parameters, Lookahead's slow weights: the next step writes from
-    them, whatever the parameters have become meanwhile. torch's own optimizers are known to keep
-    none that they write from (ASGD keeps an average that it never uses).
+    them, whatever the parameters have become meanwhile. Only weights that a step has moved to where
+    they have not been before can tell. The others may equal what an optimizer remembers of its
+    start (Prodigy, D-Adaptation, DoG): at a learning rate of 0, or in bf16, where small steps are
+    rounded away or back.
 
-    Raises:
-        RegistrationError: for each of its parameters it holds another tensor of the same values.
+    torch's own optimizers are known to keep no weights that they write from (ASGD keeps an average
+    that it never uses).
     """
-    if type(optimizer).__module__.partition(".")[0] == "torch":
-        return
+
+    def __init__(self) -> None:
+        self._moves: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        # Where each parameter has been.
+        self._seen: weakref.WeakKeyDictionary[Optimizer, dict[Tensor, set[int]]]
+        self._seen = weakref.WeakKeyDictionary()
+
+    def goes_on(self, optimizer: Optimizer) -> bool:
+        """Whether :meth:`before_step` has to be called."""
+        foreign = type(optimizer).__module__.partition(".")[0] != "torch"
+        return foreign and self._moves.get(optimizer, 0) < _CHECKED_STEPS
+
+    def before_step(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+        """Note where the weights are."""
+        seen = self._seen.setdefault(optimizer, {})
+        for parameter in parameters:
+            seen.setdefault(parameter, set()).add(int(fingerprint(real(parameter))))
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """Look at the weights that the step has moved.
+
+        Raises:
+            RegistrationError: for each of them it holds another tensor of the same values.
+        """
+        moved = []
+        for parameter, seen in self._seen.get(optimizer, {}).items():
+            now = int(fingerprint(real(parameter)))
+            if now not in seen:
+                seen.add(now)
+                moved.append(parameter)
+        if moved:
+            moves = self._moves[optimizer] = self._moves.get(optimizer, 0) + 1
+            if moves == _CHECKED_STEPS:
+                del self._seen[optimizer]
+            _check_weights(optimizer, moved)
+
+
+def _check_weights(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
     held = {id(tensor): tensor for tensor in _tensors(vars(optimizer), _DEPTH)}
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -13,12 +13,37 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["ModelWatch", "ParameterCheck", "unwrap_ddp", "when_forwarded"]
+from commhooks.engine.guards.training_thread import TrainingThread
+from commhooks.engine.steps.reducers import hooks_of_replicate
+
+__all__ = [
+    "ModelWatch",
+    "ParameterCheck",
+    "has_hook",
+    "unwrap_ddp",
+    "unwrapped_model",
+    "when_forwarded",
+]
+
+# Where Lightning Fabric and torch.compile keep what they wrap. Fabric's wrapper has also all
+# attributes of the module within the DDP model, and so it is asked for its own one first.
+_INSIDE = ("_forward_module", "_orig_mod")
+
+
+def unwrapped_model(model: object) -> object:
+    """The model in what torch.compile and Fabric's ``setup`` have put around it."""
+    while not isinstance(model, DistributedDataParallel):
+        inside = (getattr(model, name, None) for name in _INSIDE)
+        inner = next((each for each in inside if isinstance(each, nn.Module)), None)
+        if inner is None:
+            break
+        model = inner
+    return model
 
 
 def unwrap_ddp(module: object) -> DistributedDataParallel | None:
     """The DDP model in ``module``, which may be a compiled one; None if there is none."""
-    inner = getattr(module, "_orig_mod", module)
+    inner = unwrapped_model(module)
     return inner if isinstance(inner, DistributedDataParallel) else None
 
 
@@ -29,6 +54,7 @@ class ModelWatch:
         model: the model.
         before_forward: called before a forward; with the model, if that is a DDP model.
         before_load: called before parameters are loaded; it may raise to forbid it.
+        gone: called when the model is gone, for it can make no more steps.
     """
 
     def __init__(
@@ -36,6 +62,7 @@ class ModelWatch:
         model: nn.Module,
         before_forward: Callable[..., None],
         before_load: Callable[[], None],
+        gone: Callable[[], None],
     ) -> None:
         # Of the module within, since that one may be loaded, too.
         module = model.module if isinstance(model, DistributedDataParallel) else model
@@ -43,11 +70,19 @@ class ModelWatch:
             module.register_load_state_dict_pre_hook(_Hook(before_load)),
             model.register_forward_pre_hook(_Hook(before_forward)),
         ]
+        self._end = weakref.finalize(model, _call, weakref.WeakMethod(gone))
+        self._end.atexit = False
 
     def close(self) -> None:
         """Call back no longer."""
+        self._end.detach()
         for handle in self._handles:
             handle.remove()
+
+
+def _call(target: weakref.WeakMethod[Callable[[], None]]) -> None:
+    if (alive := target()) is not None:
+        alive()
 
 
 class _Hook:
@@ -124,7 +159,7 @@ _ADVICE = (
 
 
 class _Registers(Protocol):
-    def before_first_forward(self, model: DistributedDataParallel) -> None: ...
+    def before_first_forward(self, model: nn.Module) -> None: ...
 
 
 def when_forwarded(state: _Registers) -> None:
@@ -134,36 +169,45 @@ def when_forwarded(state: _Registers) -> None:
     forwards of all modules finds the model; it is taken away as soon as no state waits for its own.
     """
     global _handle
-    _waiting.add(state)
+    _waiting[state] = TrainingThread()
     if _handle is None:
         _handle = register_module_forward_pre_hook(_look)
 
 
 def no_longer(state: _Registers) -> None:
     """The state has found its model."""
-    _waiting.discard(state)
+    _waiting.pop(state, None)
 
 
-_waiting: weakref.WeakSet[_Registers] = weakref.WeakSet()
+# The thread that has built a state is taken for the one that trains.
+_waiting: weakref.WeakKeyDictionary[_Registers, TrainingThread] = weakref.WeakKeyDictionary()
 _handle: RemovableHandle | None = None
 
 
-def _has_hook(ddp: DistributedDataParallel) -> bool:
+def has_hook(ddp: DistributedDataParallel) -> bool:
+    """Whether DDP's reducer has a communication hook, of Python or built in."""
     facts: dict[str, object] = ddp._get_ddp_logging_data()  # type: ignore[no-untyped-call]
     return bool(facts.get("comm_hook"))
 
 
 def _look(module: nn.Module, args: Any) -> None:
     global _handle
-    if not _waiting and _handle is not None:
-        _handle.remove()
+    handle = _handle
+    if not _waiting and handle is not None:
+        handle.remove()
         _handle = None
         return
     ddp = unwrap_ddp(module)
-    if ddp is None:
+    hooked = {id(each) for each in hooks_of_replicate(module)}
+    if ddp is not None:
+        hooked = {id(state) for _, state in getattr(ddp, "_comm_hooks", ())}
+    if not hooked:
         return
-    for _, state in getattr(ddp, "_comm_hooks", ()):
+    for state, thread in list(_waiting.items()):
         # A copy of a DDP model has a list of hooks, but no reducer that would call them.
-        if state in _waiting and _has_hook(ddp):
-            _waiting.discard(state)
-            state.before_first_forward(ddp)
+        if id(state) not in hooked or (ddp is not None and not has_hook(ddp)):
+            continue
+        # An evaluation on another thread is not where the ranks meet.
+        if thread.is_this or torch.is_grad_enabled():
+            no_longer(state)
+            state.before_first_forward(module)

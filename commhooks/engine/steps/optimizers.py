@@ -18,15 +18,12 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from commhooks.engine.steps.kept_weights import check_optimizer, check_weights
+from commhooks.engine.steps.kept_weights import CopySearch, check_optimizer
 from commhooks.engine.steps.writes import Writes
 
 __all__ = ["OptimizerWatch", "owned", "unwrapped"]
 
 logger = logging.getLogger("commhooks")
-
-# Some optimizers make their copies of the weights at the first step, Lookahead at the fifth.
-_CHECKED_STEPS = 10
 
 
 class Watched(Protocol):
@@ -120,7 +117,7 @@ class OptimizerWatch:
         self._stepped_in = 0
         # Of optimizers that another rank has and this one has not seen yet.
         self._unclaimed: dict[Any, dict[str, Any]] = {}
-        self._steps_seen: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        self._copies = CopySearch()
         self._began = watched.step
         self._updated_in: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._told_unseen = False
@@ -185,9 +182,7 @@ class OptimizerWatch:
         if not self._is_mine(optimizer):
             return
         self._watched.pass_by()
-        seen = self._steps_seen[optimizer] = self._steps_seen.get(optimizer, 0) + 1
-        if self._looks_for_copies and seen <= _CHECKED_STEPS:
-            check_weights(optimizer, owned(optimizer, self._parameters))
+        self._copies.after_step(optimizer)
         if self._stepped_in != self._watched.step:
             # Steps made for an earlier backward do not count for this one.
             self._stepped_in = self._watched.step
@@ -237,6 +232,8 @@ class OptimizerWatch:
         """An optimizer is about to step."""
         if self._unclaimed:
             self._claim(optimizer)
+        if self._looks_for_copies and self._copies.goes_on(optimizer):
+            self._copies.before_step(optimizer, owned(optimizer, self._parameters))
 
     def _is_awaited(self) -> bool:
         """Whether it matters that all optimizers have stepped."""

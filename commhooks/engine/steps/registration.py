@@ -11,7 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from commhooks.engine.steps.kept_weights import check_optimizer
+from commhooks.engine.steps.model import has_hook
 from commhooks.engine.steps.optimizers import owned, unwrapped
+from commhooks.engine.steps.reducers import refuse_other_reducers, refuse_replicate
 from commhooks.errors import RegistrationError
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "check_scaler",
     "parameter_facts",
     "refuse_unknown",
+    "require_known_groups",
     "require_process_group",
     "synchronized_parameters",
     "trainable",
@@ -40,6 +43,29 @@ def require_process_group() -> None:
         )
 
 
+def require_known_groups(*groups: object) -> None:
+    """Raise unless each of ``groups`` that is a process group is one of torch.distributed's.
+
+    Raises:
+        RegistrationError: one is not, so that there is nothing to tell the other ranks with.
+    """
+    for group in groups:
+        if not isinstance(group, dist.ProcessGroup):
+            continue
+        try:
+            dist.get_process_group_ranks(group)
+        except KeyError:
+            kind = type(group)
+            raise RegistrationError(
+                f"torch.distributed does not know the ranks of the {kind.__name__} "
+                f"({kind.__module__}) that was given, as a state's process_group or island or as "
+                "the DDP model's own, or it has been destroyed. Rounds need ranks that stay the "
+                "same: use a group of init_process_group, new_group or a DeviceMesh. torchft's "
+                "groups and its DistributedDataParallel, whose ranks come and go, cannot be used; "
+                "wrap the module in torch.nn.parallel.DistributedDataParallel."
+            ) from None
+
+
 def check_model(
     ddp: DistributedDataParallel | None, given: type, *, hooked: bool = False
 ) -> DistributedDataParallel:
@@ -51,9 +77,11 @@ def check_model(
         hooked: whether it should have a communication hook already.
 
     Raises:
-        RegistrationError: there is none, it has a hook already, or it makes sparse gradients.
+        RegistrationError: there is none, it has a hook already, it was built in a mode that goes
+            without such a hook, or it makes sparse gradients.
     """
     if ddp is None:
+        refuse_replicate(given)
         raise RegistrationError(
             f"model must be a torch.nn.parallel.DistributedDataParallel, got "
             f"{given.__name__}; wrap the model in DistributedDataParallel, or take what "
@@ -61,7 +89,8 @@ def check_model(
             "machine without GPUs Accelerate makes one only if the script says "
             "Accelerator(cpu=True).)"
         )
-    if getattr(ddp, "_comm_hooks", None) and not hooked:
+    refuse_other_reducers(ddp)
+    if not hooked and (getattr(ddp, "_comm_hooks", None) or has_hook(ddp)):
         raise RegistrationError(
             "This DDP model has a communication hook already, and DDP takes one for life; wrap "
             "the module in a new DistributedDataParallel and register there, once."
@@ -115,18 +144,24 @@ def check_optimizers(optimizers: Sequence[object], parameters: Sequence[Tensor])
 
 
 def check_scaler(scaler: object, optimizers: Sequence[object]) -> torch.amp.GradScaler | None:
-    """The loop's GradScaler: the one given, or the one Accelerate gave the optimizers.
+    """The loop's GradScaler: the one given, or the one Accelerate or Fabric steps optimizers with.
 
     Raises:
         RegistrationError: it is no GradScaler.
     """
     if scaler is None:
-        scaler = next((s for o in optimizers if (s := getattr(o, "scaler", None))), None)
+        scaler = next((s for o in optimizers if (s := _scaler_of(o))), None)
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         raise RegistrationError(
             f"scaler must be the loop's torch.amp.GradScaler, got {type(scaler).__name__}."
         )
     return scaler
+
+
+def _scaler_of(optimizer: object) -> object:
+    """Accelerate's wrapper has it, and Fabric's has a strategy that does."""
+    precision = getattr(getattr(optimizer, "_strategy", None), "precision", None)
+    return getattr(optimizer, "scaler", None) or getattr(precision, "scaler", None)
 
 
 def check_group(group: dist.ProcessGroup | None, ddp: DistributedDataParallel) -> None:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from commhooks.engine.network.agreement import compare, described, tell
 from commhooks.engine.network.communicator import named_group
 from commhooks.engine.network.islands import Layout, lay_out
+from commhooks.engine.steps.model import unwrapped_model
 from commhooks.engine.steps.optimizers import OptimizerWatch, Watched
 from commhooks.errors import RegistrationError
 
@@ -26,10 +27,10 @@ __all__ = ["ShardCheck", "ShardedWatch", "as_sharded", "check_sharded", "local_s
 
 
 def as_sharded(model: object) -> FSDPModule | None:
-    """The model, if ``fully_shard`` was applied to it; it may be a compiled one."""
+    """The model, if ``fully_shard`` was applied to it; it may be a compiled one, or Fabric's."""
     # Not imported for those who do not use it.
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    inner = getattr(model, "_orig_mod", model)
+    inner = unwrapped_model(model)
     return inner if fsdp is not None and isinstance(inner, fsdp.FSDPModule) else None
 
 
