@@ -668,7 +668,6 @@ class Engine:
         report = Report()
         if refusal is None:
             fingerprint = fragment.fingerprint if self._sharing is not None else 0
-            fragment.prepare(self._rules, self._rates)
             names = ("mix", "contribute") if mix_first else ("contribute",)
             probes = fragment.sweep(self._rules, *names)
             report = self._progress.report(fragment, self._rates().values())
@@ -686,6 +685,7 @@ class Engine:
             fingerprint=fingerprint,
             report=report,
             drifts=fragment.drifts,
+            prepare=partial(fragment.prepare, self._rules, self._rates, self.links.peers),
         )
         self._sending.append(fragment.round)
         self._cycle.launched(fragment.schedule)
