@@ -409,7 +409,6 @@ class Engine:
                 fail = self._call.fail_alone if finished.failed_alone else self._call.fail
                 fail(cause, finished.number)
             fragment.found(finished, self.layout.islands)
-            self._progress.arrived(fragment, finished.number)
             self._idle()
             self._meter.rounds_used += 1
             self._meter.communication(
