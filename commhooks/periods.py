@@ -12,7 +12,8 @@ It is called where a round lands, on every rank, with values that all ranks know
 So it must depend on nothing else. What it gives is the distance from the next launch to the one
 after it; with blocking rounds, which land where they are launched, from this launch to the next.
 Before the first round it is called with ``Stats()``, on registration, and all ranks must then get
-the same number. It can be pickled if it is a function of a module, or one of the classes here.
+the same number. That one counts up to 128, and each later one up to twice the number before
+(:class:`Hidden` has a limit of its own). It can be pickled if it is a function of a module, or one of the classes here.
 """
 
 from __future__ import annotations
@@ -74,12 +75,15 @@ class QSR:
 
     .. math:: \tau = \max(\tau_\text{base}, \lfloor (a / \gamma)^2 \rfloor)
 
-    with the learning rate :math:`\gamma` in force, the largest if there are several.
+    with the learning rate :math:`\gamma` in force, the largest if there are several. A small rate
+    is a reason for longer rounds only where it has come down to it: while the rate rises, or is 0,
+    rounds get no longer. So they are of ``tau_base`` steps from the start to the end of a warm-up,
+    and at most twice as long as the one before at any time.
 
     Args:
-        tau_base: the smallest tau.
+        tau_base: the smallest tau, and the first one.
         a: about the learning rate at which tau begins to grow, times the root of ``tau_base``.
-        warmup_steps: steps during which the learning rate is still rising, and tau is ``tau_base``.
+        warmup_steps: steps during which tau is ``tau_base`` whatever the rate does.
         longest: the largest tau; None for no limit.
 
     Raises:
@@ -96,14 +100,17 @@ class QSR:
 
     def __call__(self, step: int, rates: Sequence[float], stats: Stats) -> int:
         """Steps from one launch to the next."""
-        if step < self.warmup_steps or not rates:
+        if step < self.warmup_steps:
             return self.tau_base
-        # Where the learning rate has come down to nothing, no number of steps is too large.
-        tau = max(self.tau_base, math.floor((self.a / max(rates)) ** 2)) if max(rates) else None
-        return min(tau or _ENDLESS, self.longest or _ENDLESS)
+        rate = max(rates, default=0.0)
+        tau = max(self.tau_base, math.floor(min(self.a / rate, _MANY) ** 2)) if rate else _MANY
+        if stats.last_rate is None or not 0 < rate <= stats.last_rate:
+            tau = min(tau, max(self.tau_base, stats.tau))
+        return tau if self.longest is None else min(tau, self.longest)
 
 
-_ENDLESS = 10**9
+_MANY = 10**9
+"""Steps; the square of a number above it may be no number any more."""
 
 
 @dataclass
@@ -114,7 +121,9 @@ class AdaComm:
 
     with the training loss :math:`F`, averaged over the workers, and :math:`F_0` at the start. The
     loop tells it: ``state.observe(loss)`` after each backward. F is the mean over the steps between
-    two launches, F_0 that before the first one.
+    two launches, and F_0 the first one that is above 0. Where a mean is inf or NaN, tau stays as it
+    is. Only losses that are above 0 have a meaning here, since it is their ratio that counts. tau
+    is never above twice ``tau0``, since a first loss near 0 says nothing of the later ones.
 
     Args:
         tau0: tau at the start.
@@ -130,9 +139,10 @@ class AdaComm:
 
     def __call__(self, step: int, rates: Sequence[float], stats: Stats) -> int:
         """Steps from one launch to the next."""
-        if stats.loss is None or stats.first_loss is None or stats.first_loss <= 0:
-            return self.tau0
-        return max(1, math.ceil(self.tau0 * math.sqrt(max(0.0, stats.loss) / stats.first_loss)))
+        if stats.loss is None or stats.first_loss is None:
+            return stats.tau or self.tau0
+        ratio = max(0.0, stats.loss) / stats.first_loss
+        return max(1, math.ceil(self.tau0 * min(2.0, math.sqrt(ratio))))
 
 
 def hides(tau: object) -> bool:
@@ -141,9 +151,24 @@ def hides(tau: object) -> bool:
 
 
 def chosen(
-    tau: int | Literal["auto"] | Period, step: int, rates: Sequence[float], stats: Stats
+    tau: int | Literal["auto"] | Period,
+    step: int,
+    rates: Sequence[float],
+    stats: Stats,
+    *,
+    now: int | None = None,
 ) -> int:
     """How many steps lie between two launches.
+
+    A period is asked when a round lands. Were it to answer a single odd reading with a very large
+    number, there would be no round any more at which it could think again.
+
+    Args:
+        tau: the number, or the period that chooses it.
+        step: what the period is called with first.
+        rates: what it is called with next.
+        stats: what it is called with last.
+        now: tau until now, which is at most doubled; None on registration.
 
     Raises:
         HyperParameterError: a period has not given a number of steps.
@@ -159,4 +184,13 @@ def chosen(
         raise HyperParameterError(
             f"The period {period!r} gave {steps!r}, which is no number of steps from 1."
         )
-    return int(steps)
+    if isinstance(period, Hidden):
+        return int(steps)  # it has a limit of its own
+    if now is not None:
+        return min(int(steps), 2 * now)
+    # Those that are given here begin at an argument of theirs.
+    return int(steps) if isinstance(period, QSR | AdaComm) else min(int(steps), _LONGEST_FIRST)
+
+
+_LONGEST_FIRST = 128
+"""Steps before the first round, where a user's function chooses by what it sees on registration."""

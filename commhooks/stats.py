@@ -40,9 +40,11 @@ class Stats:
             launched last.
         loss: mean over all ranks of the losses that :meth:`CommHookState.observe` was told between
             the last two launches; None if none were.
-        first_loss: the same before the first launch.
+        first_loss: the first such mean that was above 0.
+        last_rate: the largest learning rate of any rank at the launch before the last one. Only
+            :mod:`periods <commhooks.periods>` are told it; else it is None.
 
-    The last six are the same on every rank. They come with a round, so they are those of the last
+    The last seven are the same on every rank. They come with a round, so they are those of the last
     round that was waited for, or 0.0 before there is one. Drift and agreement are of every k-th
     parameter of a fragment with more than 65,536 of them, k as small as possible. With islands the
     agreement is that of one round earlier.
@@ -62,3 +64,4 @@ class Stats:
     round_seconds: float = 0.0
     loss: float | None = None
     first_loss: float | None = None
+    last_rate: float | None = None

@@ -1,6 +1,6 @@
 """Pins SlowMo under learning-rate schedules, where the paper's u and a plain momentum differ."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -203,3 +203,77 @@ class AtARateOfOne(reference.SlowMo):
 
     def step(self, k: int, x: Sequence[Tensor], gamma: Tensor) -> Sequence[Tensor]:
         return super().step(k, x, torch.ones_like(gamma))
+
+
+def own_factor(worker: int, group: int, step: int) -> float:
+    """Every worker lowers the rates of its parameter groups at steps of its own."""
+    return float(0.5 ** (step * (worker + group) // 4))
+
+
+def follow(worker: int, optimizers: Sequence[Optimizer], first: Sequence[float], step: int) -> None:
+    """Set the rates in force after a step, as a schedule that follows a worker's own loss does."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for number, (group, rate) in enumerate(zip(groups, first, strict=True)):
+        group["lr"] = rate * own_factor(worker, number, step)
+
+
+def rates_of(optimizers: Sequence[Optimizer]) -> list[float]:
+    return [float(group["lr"]) for each in optimizers for group in each.param_groups]
+
+
+Kept = Mapping[str, Sequence[Tensor]]
+
+
+def on_own_schedules(cases: Sequence[Case]) -> list[tuple[list[Tensor], Kept]]:
+    """The parameters after every step, and the vectors that all workers should share."""
+    found = []
+    for case in cases:
+        trainer = Trainer(case)
+        first = rates_of(trainer.optimizers)
+        steps = []
+        for step in range(1, case.steps + 1):
+            steps.append(trainer.step())
+            follow(trainer.rank // case.island, trainer.optimizers, first, step)
+        found.append((steps, trainer.state.state_dict()["fragments"][0]["vectors"]))
+    return found
+
+
+def expected_on_own_schedules(case: Case, size: int) -> list[list[Tensor]]:
+    workers = reference_workers(case, size)
+    first = rates_of(workers.optimizers[0])
+    steps = []
+    for step in range(1, case.steps + 1):
+        steps.append([x for x in workers.step(case.worker_backward) for _ in range(case.island)])
+        for worker, optimizers in enumerate(workers.optimizers):
+            follow(worker, optimizers, first, step)
+    return steps
+
+
+@pytest.mark.parametrize(("size", "island"), [(2, 1), (3, 1), (4, 2)])
+def test_workers_whose_rates_differ_share_their_vectors(size: int, island: int) -> None:
+    """The momentum is rescaled by what the workers have agreed on, and not by each one's own."""
+    cases = [
+        Case(
+            "SlowMo",
+            {"tau": tau, "beta": 0.7, "lr": 0.9},
+            optimizers=optimizers,
+            dtype=torch.float64,
+            island=island,
+            compression=compression,
+        )
+        for tau, optimizers, compression in (
+            (1, groups_of_sgd, None),
+            (3, two_optimizers, None),
+            (2, groups_of_sgd, "int8"),
+        )
+    ]
+    ranks = run_ranks(on_own_schedules, size, cases)
+    for case, *of_ranks in zip(cases, *ranks, strict=True):
+        real = [steps for steps, _ in of_ranks]
+        if case.compression is None:
+            assert_follows(case, real, expected_on_own_schedules(case, size))
+        for rank, (_, vectors) in enumerate(of_ranks):
+            peer = of_ranks[rank % island][1]
+            for name in ("z", "v"):
+                for mine, theirs in zip(vectors[name], peer[name], strict=True):
+                    assert torch.equal(mine, theirs), (case, rank, name)

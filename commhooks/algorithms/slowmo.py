@@ -19,8 +19,8 @@ __all__ = ["SlowMo"]
 class SlowMo(CommHookState):
     r"""Slow momentum on Local SGD (Wang, Tantia, Ballas & Rabbat, ICLR 2020, arXiv:1910.00643).
 
-    At a boundary, with a blocking all-reduce and the inner learning rate :math:`\gamma` in force
-    (paper, Algorithm 1):
+    At a boundary, with a blocking all-reduce and the inner learning rate :math:`\gamma` in force,
+    the mean over the workers where theirs differ (paper, Algorithm 1):
 
     .. math::
 
@@ -62,8 +62,7 @@ class SlowMo(CommHookState):
     def prepare(self, parts: Sequence[Part]) -> None:
         """v = gamma u, for the gamma of now."""
         for part in parts:
-            if part.rate and part.last_rate and part.rate != part.last_rate:
-                part.vectors["v"].mul_(part.rate / part.last_rate)
+            part.vectors["v"].mul_(part.rate_change)
 
     def chain(self, *, wire: Tensor, z: Tensor, v: Tensor) -> None:
         """v <- beta v + (z - mean); z <- z - lr v."""

@@ -141,6 +141,17 @@ class Advice:
                 "learning rate; state.drift() names the parameters.",
             )
 
+    def compared(self, loss: float | None) -> None:
+        """A round has landed whose mean loss chooses tau by its ratio to the first one."""
+        if loss is None or loss <= 0:
+            told = "no finite loss" if loss is None else f"a mean loss of {loss:.3g}"
+            self._say(
+                "loss",
+                f"AdaComm was told {told} in a round. It compares losses by their ratio and needs "
+                "some that are finite and above 0: call state.observe(loss) after each backward, "
+                "with a constant added if the loss can be below 0.",
+            )
+
     def _look_at_times(self, waited: float, stats: Stats) -> None:
         steps = stats.tau if self._delay is None else self._delay
         cover = steps * stats.step_seconds

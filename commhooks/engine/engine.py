@@ -438,7 +438,6 @@ class Engine:
                 fail = self._call.fail_alone if finished.failed_alone else self._call.fail
                 fail(cause, finished.number)
             fragment.found(finished, self.layout.islands)
-            self._progress.arrived(fragment, finished.number)
             self._idle()
             self._meter.rounds_used += 1
             self._meter.communication(
@@ -731,7 +730,6 @@ class Engine:
         report = Report()
         if refusal is None:
             fingerprint = fragment.fingerprint if self._sharing is not None else 0
-            fragment.prepare(self._rules, self._rates)
             names = ("mix", "contribute") if mix_first else ("contribute",)
             probes = fragment.sweep(self._rules, *names)
             report = self._progress.report(fragment, self._rates().values())
@@ -749,6 +747,7 @@ class Engine:
             fingerprint=fingerprint,
             report=report,
             drifts=fragment.drifts,
+            prepare=partial(fragment.prepare, self._rules, self._rates, self.links.peers),
             joined=joined,
         )
         self._sending.append(fragment.round)

@@ -18,7 +18,7 @@ from commhooks.engine.rounds.fragment import Fragment
 from commhooks.engine.rounds.schedule import Cycle
 from commhooks.engine.rules import Rules
 from commhooks.errors import HyperParameterError
-from commhooks.periods import chosen
+from commhooks.periods import AdaComm, chosen
 from commhooks.stats import Stats
 
 __all__ = ["Progress"]
@@ -80,11 +80,6 @@ class Progress:
         report.rates = tuple(rates)
         return report
 
-    def arrived(self, fragment: Fragment, number: int) -> None:
-        """The round of that number has been waited for."""
-        if number == 1 and fragment.newest_findings is not None:
-            self._first_loss = fragment.newest_findings.loss
-
     def landed(self, fragment: Fragment, rules: Rules, step: int) -> None:
         """A round lands: let the period choose how long the next cycle is.
 
@@ -93,10 +88,13 @@ class Progress:
         Raises:
             RoundError: it chose something that is no number of steps.
         """
+        before = fragment.findings
         fragment.landed()
         found = fragment.findings
         if found is None:
             return
+        if self._first_loss is None and found.loss is not None and found.loss > 0:
+            self._first_loss = found.loss
         stats = Stats(
             step=step,
             rounds_launched=self._meter.rounds_launched,
@@ -105,13 +103,16 @@ class Progress:
             seconds_hidden=found.seconds_hidden,
             tau=self._cycle.next_tau,
             first_loss=self._first_loss,
+            last_rate=max(before.rates, default=0.0) if before is not None else None,
             **seen_together(each.findings for each in self._fragments),
         )
         self._advice.landed(stats)
         if isinstance(rules.tau, int):
             return
+        if isinstance(rules.tau, AdaComm):
+            self._advice.compared(found.loss)
         try:
-            tau = chosen(rules.tau, step, tuple(found.rates), stats)
+            tau = chosen(rules.tau, step, tuple(found.rates), stats, now=self._cycle.tau)
         except HyperParameterError as error:
             self._call.fail(str(error))
         self._cycle.adopt(tau)

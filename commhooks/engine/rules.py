@@ -22,14 +22,13 @@ class Part:
         vectors: its part of every flat vector, in the parameter's own shape. (Complex parameters
             are seen as real ones with a last dimension of two, and what this rank has of a
             parameter that is cut as a vector.)
-        rate: the learning rate in force in the optimizer that updates it; None if not known.
-        last_rate: the same at the launch before; None at the first one.
+        rate_change: the learning rate in force at the launch, the mean over the workers, divided by
+            that at the launch before; 1 if either is 0 or not known.
     """
 
     parameter: Tensor
     vectors: Mapping[str, Tensor]
-    rate: float | None = None
-    last_rate: float | None = None
+    rate_change: float | Tensor = 1.0
 
 
 class Kept(Protocol):
@@ -54,7 +53,7 @@ class Rules:
     When the engine calls which rule::
 
         end of warm-up      start, keep
-        launch              prepare, contribute; all-reduce, chain and arrive are in flight
+        launch              contribute; all-reduce, prepare, chain and arrive are in flight
         landing             mix, ``delay`` steps after the launch
 
     In ``chain`` and ``mix``, ``wire`` holds the *mean* over ranks of what they contributed.
@@ -173,7 +172,10 @@ class Rules:
             raise CheckpointError("The checkpoint is damaged: it holds more than was saved.")
 
     def prepare(self, parts: Sequence[Part]) -> None:
-        """Look at the learning rates, before ``contribute``."""
+        """Look at the learning rates, before the first ``chain`` and off its thread.
+
+        Not called where no rate has changed.
+        """
 
     def arrive(self, kept: Any) -> None:
         """Do what needs all of a fragment's means, after the last ``chain`` and off its thread."""

@@ -175,10 +175,11 @@ def with_a_schedule() -> list[int]:
 
 
 def test_qsr_under_a_schedule() -> None:
-    wanted, at = [2], 2
+    wanted, at, tau = [2], 2, 2
     while at < 40:
         rate = 0.05 * 2.0 * 0.95 ** (at - 1)  # in force at the launch
-        at += 2 if at < 4 else max(2, int((0.2 / rate) ** 2))
+        tau = 2 if at < 4 else min(2 * tau, max(2, int((0.2 / rate) ** 2)))
+        at += tau
         wanted += [at] if at <= 40 else []
     for found in run_ranks(with_a_schedule, 2):
         assert found == wanted

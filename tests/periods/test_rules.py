@@ -7,7 +7,7 @@ import random
 import pytest
 
 import commhooks
-from commhooks.periods import QSR, AdaComm, Hidden
+from commhooks.periods import QSR, AdaComm, Hidden, chosen
 
 
 def told(**figures: float) -> commhooks.Stats:
@@ -59,14 +59,30 @@ def test_hidden_does_not_follow_noise() -> None:
 
 
 def test_qsr_is_its_equation() -> None:
+    period, before = QSR(tau_base=4, a=0.2), told(last_rate=1.0)
+    assert [period(0, (rate,), before) for rate in (0.8, 0.1, 0.05, 0.01)] == [4, 4, 16, 400]
+    assert period(0, (0.05, 0.01), before) == 16
+    assert period(0, (0.05,), told(last_rate=0.05)) == 16
+    assert QSR(4, 0.2, warmup_steps=10)(9, (0.001,), before) == 4
+    assert QSR(4, 0.2, longest=64)(9, (0.001,), before) == 64
+    assert QSR(4, 0.2)(9, (1e-300,), before) > 10**6
+
+
+@pytest.mark.parametrize(
+    ("rates", "last_rate"),
+    [((0.01,), None), ((0.01,), 0.005), ((0.01,), 0.0), ((0.0,), 1.0), ((), 1)],
+)
+def test_qsr_makes_rounds_no_longer_where_the_rate_rises_or_is_0(
+    rates: tuple[float, ...], last_rate: float
+) -> None:
     period = QSR(tau_base=4, a=0.2)
-    assert [period(0, (rate,), told()) for rate in (0.8, 0.1, 0.05, 0.01)] == [4, 4, 16, 400]
-    assert period(0, (0.05, 0.01), told()) == 16
-    assert period(0, (), told()) == 4
-    assert QSR(4, 0.2, warmup_steps=10)(9, (0.001,), told()) == 4
-    assert QSR(4, 0.2, longest=64)(9, (0.001,), told()) == 64
-    assert QSR(4, 0.2, longest=64)(9, (0.0,), told()) == 64
-    assert QSR(4, 0.2)(9, (0.0,), told()) > 10**6
+    assert period(0, rates, told(last_rate=last_rate)) == 4
+    assert period(9, rates, told(last_rate=last_rate, tau=12)) == 12
+    assert QSR(4, 0.2, longest=8)(9, rates, told(last_rate=last_rate, tau=12)) == 8
+
+
+def test_qsr_makes_rounds_shorter_where_the_rate_rises() -> None:
+    assert QSR(tau_base=4, a=0.2)(9, (0.05,), told(last_rate=0.01, tau=300)) == 16
 
 
 def test_adacomm_is_its_equation() -> None:
@@ -75,6 +91,31 @@ def test_adacomm_is_its_equation() -> None:
     for loss, tau in losses.items():
         assert period(0, (), told(loss=loss, first_loss=2.0)) == tau
     assert period(0, (), told()) == 10
+
+
+def test_adacomm_stays_where_it_is_told_nothing() -> None:
+    period = AdaComm(tau0=10)
+    assert period(9, (), told(tau=3, first_loss=2.0)) == 3
+    assert period(9, (), told(tau=10, loss=-1.0)) == 10
+
+
+def test_adacomm_has_a_limit_where_the_first_loss_was_near_0() -> None:
+    assert AdaComm(tau0=10)(9, (), told(loss=2.0, first_loss=1e-300)) == 20
+
+
+def test_no_answer_stops_the_rounds() -> None:
+    """Whatever a function of the user's makes of one reading, it is asked again soon."""
+
+    def odd(step: int, rates: object, stats: commhooks.Stats) -> int:
+        return 10**12
+
+    assert chosen(odd, 0, (), told()) == 128
+    assert chosen(odd, 9, (), told(), now=5) == 10
+    assert chosen(QSR(500, 0.1), 0, (0.1,), told()) == 500
+    assert chosen(AdaComm(500), 0, (0.1,), told()) == 500
+    # It has a limit of its own, and follows the link at once.
+    link = told(tau=4, round_seconds=10.0, step_seconds=0.1)
+    assert chosen("auto", 9, (), link, now=4) == 120
 
 
 @pytest.mark.parametrize("period", [Hidden(slack=0.3), QSR(4, 0.1), AdaComm(5)])

@@ -1,6 +1,7 @@
 """m workers in one process: each its own model and optimizer, one `Reference` over them all."""
 
 import copy
+import statistics
 from collections.abc import Callable, Container, Sequence
 
 import torch
@@ -49,17 +50,22 @@ class Workers:
 
     @property
     def gamma(self) -> Tensor:
-        """The learning rate of every number in x, the same on every worker."""
+        """The learning rate of every number in x, the mean of the workers'."""
         rates = {
             id(p): float(group["lr"])
-            for optimizer in self.optimizers[0]
+            for optimizer in self.all_optimizers
             for group in optimizer.param_groups
             for p in group["params"]
         }
+        ours = zip(*map(_trained, self.models), strict=True)
         return torch.cat(
             [
-                torch.full((p.numel(),), rates.get(id(p), 0.0), dtype=torch.float64)
-                for p in _trained(self.models[0])
+                torch.full(
+                    (same[0].numel(),),
+                    statistics.mean(rates.get(id(p), 0.0) for p in same),
+                    dtype=torch.float64,
+                )
+                for same in ours
             ]
         )
 

@@ -80,7 +80,8 @@ def findings_of(
 
     flat = all(len(island) == 1 for island in islands)
     losses = over("losses", rows)
-    loss = over("loss", rows) / losses if losses else math.nan
+    # A plain sum, since inf and -inf have none that is exact.
+    loss = sum(report["loss"] for report in reports) / losses if losses else math.nan
     known = [report["round_seconds"] for report in reports if report["round_seconds"]]
     largest = [max(column) for column in zip(*rows.values(), strict=True)][len(NAMES) :]
     return Findings(

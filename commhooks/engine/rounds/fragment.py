@@ -11,12 +11,21 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from commhooks.engine.guards.process_exit import landing
+from commhooks.engine.network.communicator import Communicator
 from commhooks.engine.network.report import Report
 from commhooks.engine.network.ticket import total
 from commhooks.engine.network.wires import CompressedWire, Wire
 from commhooks.engine.rounds.drift import Drift, stride_for
 from commhooks.engine.rounds.findings import Findings, findings_of
 from commhooks.engine.rounds.gathering import Gathering, offer
+from commhooks.engine.rounds.rates import (
+    agreed_rates,
+    plain_rates,
+    rate_changes,
+    rates_tensor,
+    told_rates,
+)
 from commhooks.engine.rounds.round import Round
 from commhooks.engine.rounds.schedule import Schedule
 from commhooks.engine.rules import Kept, Part, Rules, weight_in_background
@@ -38,7 +47,8 @@ class Fragment:
         gathering: what the ranks of an island gather of each other for the next landing; None if
             they have not begun.
         kept: what the algorithm keeps besides vectors.
-        rates: the learning rates at the last launch, one a parameter.
+        rates: the learning rates at the last launch, one a parameter, as the workers have agreed on
+            them; None before the first one.
         squared_distance: of the parameters to what they were last drawn to.
         drifts: one a bucket, which measure how far this worker moves from the others.
         findings: what the ranks told with the last round that has landed.
@@ -71,7 +81,7 @@ class Fragment:
         self.gathering: Gathering | None = None
         self.squared_distance: HostCopy | None = None
         self.kept: Kept | None = None
-        self.rates: list[float | None] | None = None
+        self.rates: Tensor | None = None
         self.wires: list[Wire] = []
         self.drifts: list[Drift] = []
         self.findings: Findings | None = None
@@ -128,25 +138,49 @@ class Fragment:
         self.rates = None
         self._keep(rules)
 
-    def prepare(self, rules: Rules, rates: Callable[[], Mapping[int, float]]) -> None:
-        """Show the algorithm the learning rates in force, if it looks at them."""
-        if not rules.looks_at_rates:
-            return
-        by_id = rates()
-        now = [by_id.get(id(tensor)) for tensor in self.parameters]
-        rules.prepare(self.parts(now))
-        self.rates = now
+    def prepare(
+        self, rules: Rules, rates: Callable[[], Mapping[int, float]], peers: Communicator
+    ) -> torch.futures.Future[Tensor] | None:
+        """Show the algorithm the learning rates in force, if it looks at them.
 
-    def parts(self, rates: Sequence[float | None] = ()) -> list[Part]:
+        The workers send theirs to one another, and none of them uses its own: what follows from
+        them goes into vectors that all workers share.
+
+        Args:
+            rules: the algorithm.
+            rates: gives this rank's, by the ``id`` of the parameters.
+            peers: the workers.
+
+        Returns:
+            What ends when the algorithm has seen them; None if it does not look.
+        """
+        if not (rules.looks_at_rates and self.parameters):
+            return None
+        by_id = rates()
+        mine = [by_id.get(id(tensor)) for tensor in self.parameters]
+        told = told_rates(mine, peers.rank, peers.size, self.device)
+
+        def look(reduced: torch.futures.Future[Any]) -> Tensor:
+            reduced.value()
+            now = agreed_rates(told)
+            changes = rate_changes(now, self.rates)
+            # Read on a CPU alone: a GPU's thread that starts collectives would wait for them here.
+            if changes.is_cuda or bool((changes != 1).any()):
+                rules.prepare(self.parts(changes))
+            self.rates = now
+            return now
+
+        return peers.all_reduce(told).then(landing(look))
+
+    def parts(self, changes: Tensor | None = None) -> list[Part]:
         """The fragment, parameter by parameter."""
         parts: list[Part] = []
         for bucket in self.buckets:
             shaped = {name: bucket.parts(flat) for name, flat in bucket.vectors.items()}
             for number, tensor in enumerate(bucket.owned):
                 vectors = {name: views[number] for name, views in shaped.items()}
-                at = len(parts)
-                now = rates[at] if rates else None
-                parts.append(Part(tensor, vectors, now, self.rates[at] if self.rates else None))
+                change = 1.0 if changes is None else changes[len(parts)].to(tensor.device)
+                parts.append(Part(tensor, vectors, change))
         return parts
 
     def _restart_wires(self) -> None:
@@ -183,7 +217,7 @@ class Fragment:
             "together": self._together_before,
             "shapes": self.shapes,
             "vectors": {name: self._dump(name) for name in vectors or ()},
-            "rates": self.rates if begun else None,
+            "rates": plain_rates(self.rates) if begun and self.rates is not None else None,
             "kept": copy.deepcopy(self.kept.state_dict()) if begun and self.kept else None,
             "wires": self._dump_wires() if begun else None,
         }
@@ -212,7 +246,8 @@ class Fragment:
             views = (view for b in self.buckets for view in b.parts(b.vectors[name]))
             for view, part in zip(views, parts, strict=True):
                 view.copy_(part)
-        self.rates = saved["rates"]
+        rates = saved["rates"]
+        self.rates = None if rates is None else rates_tensor(rates, self.device)
         self._keep(rules)
         if self.kept is not None:
             self.kept.load_state_dict(saved["kept"])

@@ -55,6 +55,8 @@ class Round:
         report: what this rank tells the others.
         drifts: one a bucket, which have taken note of the launch.
         joined: the ticket that this rank has sent from a call, if the others are ahead of it.
+        prepare: starts what must have ended before the rules' first ``chain``, if there is
+            anything.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Round:
         fingerprint: int | Tensor = 0,
         report: Report,
         drifts: Sequence[Drift],
+        prepare: Callable[[], torch.futures.Future[Any] | None],
         joined: Ticket | None = None,
     ) -> None:
         self.number = point.number
@@ -87,6 +90,7 @@ class Round:
         self._device = device
         self.launched = self.arrived = Moment(device)
         self._ticket = joined
+        self._prepared: torch.futures.Future[Any] | None = None
         try:
             with record_function("commhooks::launch"):
                 if refusal is not None:
@@ -102,6 +106,8 @@ class Round:
                     digest=fingerprint,
                     report=report,
                 )
+                if refusal is None:
+                    self._prepared = prepare()
                 parts = zip(buckets, wires, drifts, strict=True) if refusal is None else ()
                 for bucket, wire, drift in parts:
                     # Of some buckets this rank may have no share, and neither have its peers.
@@ -212,6 +218,8 @@ class Round:
             raise
 
     def _chain(self, mean: torch.futures.Future[Any], bucket: Bucket, drift: Drift) -> None:
+        if self._prepared is not None:
+            mean = torch.futures.collect_all([self._prepared, mean])
         self._futures.append(mean.then(landing(self._chained_to(bucket, drift))))
 
     def _let_arrive(self) -> None:
@@ -242,7 +250,9 @@ class Round:
             """Runs on the backend's thread when the all-reduce ends."""
             wire = bucket.vectors["wire"]
             with self._noting_failures():
-                reduced.value()
+                value = reduced.value()
+                for each in value if self._prepared is not None else ():
+                    each.wait()
             with self._noting_failures(alone=True), record_function("commhooks::chain"):
                 self._together.append(drift.together())
                 for vectors in bucket.slices:
