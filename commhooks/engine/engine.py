@@ -38,9 +38,9 @@ from commhooks.engine.steps.averaging import StepAverager
 from commhooks.engine.steps.backward import Backwards
 from commhooks.engine.steps.optimizers import OptimizerWatch
 from commhooks.engine.vectors.buckets import build_buckets
-from commhooks.engine.vectors.buffers import Buffer
 from commhooks.engine.vectors.devices import Moment
 from commhooks.engine.vectors.fragments import partition
+from commhooks.engine.vectors.frozen import Held
 from commhooks.errors import RegistrationError, RoundError
 from commhooks.periods import hides
 from commhooks.stats import Stats
@@ -223,6 +223,11 @@ class Engine:
             return None
         first = min(self._fragments, key=lambda fragment: fragment.schedule.next)
         return first if first.schedule.next <= self._standing.step else None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the parameters that are averaged."""
+        return frozenset(self._names.values())
 
     def read_rates_from(self, read: Callable[[], Mapping[int, float]]) -> None:
         """Ask this method for learning rates; whoever has it holds this engine."""
@@ -424,9 +429,7 @@ class Engine:
     # The consensus model.
 
     @_outside_inference_mode
-    def enter_consensus(
-        self, what: str, buffers: Callable[[], Sequence[Buffer]], block: object = None
-    ) -> None:
+    def enter_consensus(self, what: str, hold: Callable[[], Held], block: object = None) -> None:
         """Put the consensus model in place, unless this is inside another ``averaged()``.
 
         Ctrl-C is held back until the ranks are through with one another: were it to end the call on
@@ -434,7 +437,7 @@ class Engine:
 
         Args:
             what: the call that asks for it, which all ranks must have made.
-            buffers: finds the model's buffers.
+            hold: finds what the model holds besides the parameters that are averaged.
             block: stands for the block that it is put in place for.
 
         Raises:
@@ -451,9 +454,10 @@ class Engine:
             buckets = [bucket for fragment in drifted for bucket in fragment.buckets]
             self._reshard()
             refusal = self._check()
-            consensus = enter(what, buckets, buffers, refusal, self.links, self._call, self._meter)
+            consensus = enter(what, buckets, hold, refusal, self.links, self._call, self._meter)
             self._block, self._consensus = block, consensus
             self._advice.together()
+            self._advice.unlike(consensus.unlike)
 
     def leave_consensus(self, block: object) -> None:
         """Put this rank's own model back, if the consensus is there for this very block."""
@@ -462,7 +466,7 @@ class Engine:
             self._consensus.leave()
             self._consensus = None
 
-    def finish(self, what: str, buffers: Callable[[], Sequence[Buffer]]) -> None:
+    def finish(self, what: str, hold: Callable[[], Held]) -> None:
         """Drain, end on the consensus model, and begin anew from it if training goes on.
 
         Raises:
@@ -477,7 +481,7 @@ class Engine:
         finished = False
         try:
             with uninterrupted():
-                self.enter_consensus(what, buffers)
+                self.enter_consensus(what, hold)
                 self._consensus = None
                 self._begin_anew()
                 finished = True

@@ -76,6 +76,12 @@ class Links:
         for each in self.all:
             each.close()
 
+    @property
+    def teams(self) -> list[list[int]]:
+        """The numbers, among all ranks, of those at the same place in their islands."""
+        number = self.everyone.ranks.index
+        return [[number(rank) for rank in team] for team in zip(*self.layout.islands, strict=True)]
+
     def peers_differ(self, fingerprint: int) -> bool:
         """Whether some rank's number is not that of its peers. Collective; blocks."""
         told = dict(zip(self.everyone.ranks, self.everyone.tell(fingerprint), strict=True))
