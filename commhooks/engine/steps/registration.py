@@ -111,7 +111,8 @@ def check_pruning(module: nn.Module, local_after: int | None) -> None:
             raise RegistrationError(
                 f"AdaLoRA prunes by gradients up to step {decided} (total_step - tfinal), and "
                 "every worker would prune by its own, and end with another rank_pattern. Take "
-                f"plain LoRA (peft.LoraConfig), or begin local steps later: warmup_steps={decided + 1}."
+                "plain LoRA (peft.LoraConfig), or begin local steps later, with "
+                f"warmup_steps={decided + 1}."
             )
 
 

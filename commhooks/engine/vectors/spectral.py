@@ -70,11 +70,12 @@ def _of_parametrisation(
     one: _SpectralNorm, listed: parametrize.ParametrizationList, place: int
 ) -> SpectralPair:
     def weight() -> Tensor:
-        # What those before it make of the parameter.
-        made: Tensor = listed.original
+        # What those before it make of the parameter, or, as weight norm does, of several.
+        several = [] if listed.is_tensor else range(listed.ntensors)
+        made = [getattr(listed, f"original{number}") for number in several] or [listed.original]
         for earlier in list(listed)[:place]:
-            made = earlier(made)
-        return one._reshape_weight_to_matrix(made)
+            made = [earlier(*made)]
+        return one._reshape_weight_to_matrix(*made)
 
     return SpectralPair(one._u, one._v, weight)
 
