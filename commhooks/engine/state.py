@@ -551,7 +551,9 @@ class CommHookState(Rules, Joinable):
         sense as a mean: the running mean and variance of normalisation layers, and the buffers that
         ``average_buffers`` names. Its other buffers are the first rank's, as DDP would have
         broadcast them, except what cannot be sent (sparse tensors, expanded ones, and caches of
-        another shape on every rank), which stays a rank's own.
+        another shape on every rank), which stays a rank's own; and ``u`` and ``v`` of spectral
+        norm, which are those of the mean. Frozen parameters that differ between ranks, such as an
+        EMA teacher, are their mean, or the first rank's if they are no floating-point numbers.
 
         What a rank had is put back bit for bit, after an exception too; the trajectory of training
         is the one it would be without the block. Blocks may be nested. Ctrl-C is held back until

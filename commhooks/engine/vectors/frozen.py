@@ -216,7 +216,7 @@ def _tensors(
     members: Iterable[tuple[object, object]] = ()
     if isinstance(value, Tensor):
         yield name, value
-    elif isinstance(value, Mapping):
+    elif isinstance(value, dict):
         members = list(value.items())
     elif isinstance(value, list | tuple):
         members = list(enumerate(value))
