@@ -1,7 +1,7 @@
 """Pins that a registration that cannot work is refused at once, saying what to do instead."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -130,6 +130,34 @@ def sparse_gradients_in_the_bare_form() -> None:
     torch.autograd.backward(model(torch.tensor([1, 2])).sum())
 
 
+def delayed(names: Sequence[str]) -> DistributedDataParallel:
+    """Parameters whose gradients DDP averages by itself, in a hook on another parameter."""
+    module = ragged_model()
+    parameters = dict(module.named_parameters())
+    module.register_parameter("frozen", nn.Parameter(torch.zeros(2), requires_grad=False))
+    return DistributedDataParallel(
+        module,
+        delay_all_reduce_named_params=[(name, parameters[name]) for name in names],
+        param_to_hook_all_reduce=parameters["0.weight"],
+    )
+
+
+def some_delayed() -> None:
+    model = delayed(["2.weight", "2.bias"])
+    commhooks.LocalSGD(tau=2).register(model, an_optimizer(model))
+
+
+def all_delayed() -> None:
+    model = delayed(["0.weight", "0.bias", "2.weight", "2.bias"])
+    commhooks.LocalSGD(tau=2).register(model, an_optimizer(model))
+
+
+def some_delayed_in_the_bare_form() -> None:
+    model = delayed(["2.weight"])
+    model.register_comm_hook(commhooks.OverlapLocalSGD(tau=2), commhooks.comm_hook)
+    gradient(model, dist.get_rank(), 1)
+
+
 def another_group_than_the_models() -> None:
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
     model = DistributedDataParallel(ragged_model(), process_group=alone)
@@ -245,6 +273,9 @@ REFUSALS: list[tuple[Misuse, str]] = [
     (a_model_over_a_foreign_group, A_LASTING_GROUP),
     (a_model_over_a_foreign_group_in_the_bare_form, A_LASTING_GROUP),
     (a_group_that_has_been_destroyed, "ProcessGroup .*has been destroyed"),
+    (some_delayed, "Leave delay_all_reduce_named_params and.*out"),
+    (all_delayed, "Leave delay_all_reduce_named_params and.*out"),
+    (some_delayed_in_the_bare_form, "Leave delay_all_reduce_named_params and.*out"),
     (another_group_than_the_models, r"process_group=ddp_model\.process_group"),
 ]
 

@@ -9,6 +9,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Protocol
 
+from commhooks.engine.vectors.frozen import Unlike, named
 from commhooks.stats import Stats
 
 __all__ = ["Advice"]
@@ -86,6 +87,26 @@ class Advice:
     def together(self) -> None:
         """The consensus model was put in place."""
         self._run.apart = False
+
+    def unlike(self, found: Unlike) -> None:
+        """Frozen parameters that were not the same on all ranks, in the consensus model."""
+        if found.bits:
+            self._say(
+                "frozen",
+                f"the ranks have different frozen parameters: {named(found.bits)}. In the "
+                "consensus model they are the means, and the first rank's where they are no "
+                "floating-point numbers, as is right for what the loop writes, such as an EMA "
+                "teacher. A base must be the same on every rank: load it before "
+                "DistributedDataParallel. To leave each rank its own, name them in "
+                "module._ddp_params_and_buffers_to_ignore before that.",
+            )
+        if found.kinds:
+            self._say(
+                "frozen of other kinds",
+                f"frozen parameters have another shape or format, or are missing, on some ranks: "
+                f"{named(found.kinds)}. Each rank keeps its own in the consensus model. Make them "
+                "alike on all ranks.",
+            )
 
     def evaluated(self) -> None:
         """A forward without gradients, of a model in evaluation mode, on this rank's own model."""

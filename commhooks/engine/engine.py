@@ -41,9 +41,9 @@ from commhooks.engine.steps.backward import Backwards
 from commhooks.engine.steps.optimizers import OptimizerWatch
 from commhooks.engine.steps.writes import Writes
 from commhooks.engine.vectors.buckets import build_buckets
-from commhooks.engine.vectors.buffers import Buffer
 from commhooks.engine.vectors.devices import Moment
 from commhooks.engine.vectors.fragments import partition
+from commhooks.engine.vectors.frozen import Held
 from commhooks.errors import RegistrationError, RoundError
 from commhooks.periods import hides
 from commhooks.stats import Stats
@@ -230,6 +230,11 @@ class Engine:
             return None
         first = min(self._fragments, key=lambda fragment: fragment.schedule.next)
         return first if first.schedule.next <= step else None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the parameters that are averaged."""
+        return frozenset(self._names.values())
 
     def read_rates_from(self, read: Callable[[], Mapping[int, float]]) -> None:
         """Ask this method for learning rates; whoever has it holds this engine."""
@@ -452,9 +457,7 @@ class Engine:
     # The consensus model.
 
     @_outside_inference_mode
-    def enter_consensus(
-        self, what: str, buffers: Callable[[], Sequence[Buffer]], block: object = None
-    ) -> None:
+    def enter_consensus(self, what: str, hold: Callable[[], Held], block: object = None) -> None:
         """Put the consensus model in place, unless this is inside another ``averaged()``.
 
         Ctrl-C is held back until the ranks are through with one another: were it to end the call on
@@ -462,7 +465,7 @@ class Engine:
 
         Args:
             what: the call that asks for it, which all ranks must have made.
-            buffers: finds the model's buffers.
+            hold: finds what the model holds besides the parameters that are averaged.
             block: stands for the block that it is put in place for.
 
         Raises:
@@ -474,12 +477,13 @@ class Engine:
         with uninterrupted():
             self.at_boundary()
             self.drain()
-            met = self._meet(what, buffers)
+            met = self._meet(what, hold)
             while isinstance(met, Ticket):
                 self._join(met)
-                met = self._meet(what, buffers)
+                met = self._meet(what, hold)
             self._block, self._consensus = block, met
             self._advice.together()
+            self._advice.unlike(met.unlike)
 
     def _join(self, ticket: Ticket) -> None:
         """Take part in a round that others have launched, past a boundary that is not due here."""
@@ -487,12 +491,12 @@ class Engine:
         self._run_until(step, joined=ticket)
         self.drain()
 
-    def _meet(self, what: str, buffers: Callable[[], Sequence[Buffer]]) -> Consensus | Ticket:
+    def _meet(self, what: str, hold: Callable[[], Held]) -> Consensus | Ticket:
         self._reshard()
         met = enter(
             what,
             [bucket for fragment in self._fragments for bucket in fragment.buckets],
-            buffers,
+            hold,
             self._check(),
             self.links,
             self._call,
@@ -512,7 +516,7 @@ class Engine:
             self._consensus.leave()
             self._consensus = None
 
-    def finish(self, what: str, buffers: Callable[[], Sequence[Buffer]]) -> None:
+    def finish(self, what: str, hold: Callable[[], Held]) -> None:
         """Drain, end on the consensus model, and begin anew from it if training goes on.
 
         Raises:
@@ -527,7 +531,7 @@ class Engine:
         finished = False
         try:
             with uninterrupted():
-                self.enter_consensus(what, buffers)
+                self.enter_consensus(what, hold)
                 assert self._consensus is not None
                 step, self._consensus = self._consensus.step, None
                 self._begin_anew(step)
@@ -681,8 +685,7 @@ class Engine:
             self._call("the first local step")
             mine = sum(int(fragment.fingerprint) for fragment in self._fragments)
             try:
-                bits = dict(zip(everyone.ranks, everyone.tell(mine), strict=True))
-                apart = self.links.peers_differ(bits)
+                apart = self.links.peers_differ(everyone.tell(mine))
                 if apart and not self._sharded:
                     self._advice.no_common_start()
                     for fragment in self._fragments:

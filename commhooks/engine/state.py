@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,11 +37,13 @@ from commhooks.engine.steps.model import (
     when_forwarded,
 )
 from commhooks.engine.steps.optimizers import OptimizerWatch
+from commhooks.engine.steps.outside import compare_outside
 from commhooks.engine.steps.reducers import refuse_optimizers_in_backward
 from commhooks.engine.steps.registration import (
     check_group,
     check_model,
     check_optimizers,
+    check_pruning,
     check_scaler,
     parameter_facts,
     refuse_unknown,
@@ -59,8 +61,10 @@ from commhooks.engine.steps.sharded import (
     meet,
 )
 from commhooks.engine.steps.uneven import ShadowRounds
-from commhooks.engine.vectors.buffers import Buffer, check_patterns, find_buffers
+from commhooks.engine.vectors.buffers import check_patterns, find_buffers
 from commhooks.engine.vectors.fragments import partition
+from commhooks.engine.vectors.frozen import Held, find_frozen
+from commhooks.engine.vectors.spectral import find_spectral
 from commhooks.errors import CheckpointError, HyperParameterError, RegistrationError
 from commhooks.hook import comm_hook
 from commhooks.hyperparameters import (
@@ -299,6 +303,7 @@ class CommHookState(Rules, Joinable):
                 )
             refuse_claimed(parameters)
             self._fit_to(parameters)
+            check_pruning(model, None if self.synchronous else self.warmup_steps)
             check_patterns(model, self.average_buffers)
             unwrapped = check_optimizers(optimizers, list(parameters.values()))
             scaler = check_scaler(scaler, optimizers)
@@ -331,7 +336,8 @@ class CommHookState(Rules, Joinable):
                 first_tau=first_tau,
                 local=local_shard,
                 reshard=check.reshard,
-            )
+            ),
+            model,
         )
         claim(self, parameters)
         assert self._engine is not None
@@ -364,6 +370,7 @@ class CommHookState(Rules, Joinable):
         self._refuse_registered()
         ddp = check_model(ddp, given, hooked=bare)
         check_group(self.process_group, ddp)
+        check_pruning(ddp.module, None if self.synchronous else self.warmup_steps)
         check_patterns(ddp.module, self.average_buffers)
         parameters = synchronized_parameters(ddp)
         refuse_claimed(parameters)
@@ -426,7 +433,8 @@ class CommHookState(Rules, Joinable):
                 first_tau=first_tau,
                 static_graph=ddp.static_graph,
                 find_unused=ddp.find_unused_parameters,
-            )
+            ),
+            ddp,
         )
 
     def _first_tau(self, optimizers: Sequence[Optimizer]) -> int:
@@ -436,7 +444,9 @@ class CommHookState(Rules, Joinable):
         except HyperParameterError as error:
             raise RegistrationError(str(error)) from error
 
-    def _start(self, engine: Engine) -> None:
+    def _start(self, engine: Engine, model: nn.Module) -> None:
+        module, ignored = _without_ddp(model)
+        compare_outside(module, engine.names, ignored, engine.links)
         self._load_together(engine)
         self._engine = engine
         factor = self.rate_factor(engine.layout.m)
@@ -569,7 +579,9 @@ class CommHookState(Rules, Joinable):
         sense as a mean: the running mean and variance of normalisation layers, and the buffers that
         ``average_buffers`` names. Its other buffers are the first rank's, as DDP would have
         broadcast them, except what cannot be sent (sparse tensors, expanded ones, and caches of
-        another shape on every rank), which stays a rank's own.
+        another shape on every rank), which stays a rank's own; and ``u`` and ``v`` of spectral
+        norm, which are those of the mean. Frozen parameters that differ between ranks, such as an
+        EMA teacher, are their mean, or the first rank's if they are no floating-point numbers.
 
         What a rank had is put back bit for bit, after an exception too; the trajectory of training
         is the one it would be without the block. Blocks may be nested. Ctrl-C is held back until
@@ -588,7 +600,7 @@ class CommHookState(Rules, Joinable):
         engine = self._registered()
         block = object()
         try:
-            engine.enter_consensus("averaged()", self._buffers, block)
+            engine.enter_consensus("averaged()", self._hold, block)
             yield
         finally:
             try:
@@ -608,7 +620,7 @@ class CommHookState(Rules, Joinable):
             RoundError: a round failed, or the averaging did; the models are as they were.
             RegistrationError: not registered yet, or inside ``averaged()``.
         """
-        self._registered().finish("finish()", self._buffers)
+        self._registered().finish("finish()", self._hold)
 
     def disable(self) -> None:
         """Average gradients as plain DDP does, from the next step on. Collective.
@@ -619,7 +631,7 @@ class CommHookState(Rules, Joinable):
         """
         engine = self._registered()
         with uninterrupted():
-            engine.finish("disable()", self._buffers)
+            engine.finish("disable()", self._hold)
             engine.disable()
 
     def close(self) -> None:
@@ -846,14 +858,24 @@ class CommHookState(Rules, Joinable):
             **engine.saving.identity,
         }
 
-    def _buffers(self) -> list[Buffer]:
-        model = self.model
-        if model is None:
-            return []
-        ignored = set()
-        if isinstance(model, DistributedDataParallel):
-            model, ignored = model.module, model.parameters_to_ignore
-        return find_buffers(model, ignored, self.average_buffers)
+    def _hold(self) -> Held:
+        """What the model holds besides the parameters that are averaged."""
+        model, engine = self.model, self._engine
+        if model is None or engine is None:
+            return Held()
+        module, ignored = _without_ddp(model)
+        return Held(
+            find_buffers(module, ignored, self.average_buffers),
+            find_frozen(module, engine.names, ignored),
+            [] if module is model else list(find_spectral(module)),
+        )
+
+
+def _without_ddp(model: nn.Module) -> tuple[nn.Module, Container[str]]:
+    """The module, and the names of what in it stays a rank's own."""
+    if isinstance(model, DistributedDataParallel):
+        return model.module, model.parameters_to_ignore
+    return model, ()
 
 
 def _world() -> dist.ProcessGroup:

@@ -1,6 +1,7 @@
 """Pins layers whose weight is computed from a parameter and buffers: spectral norm, pruning.
 
-The mean of unit vectors is no unit vector, and the mean of masks is no mask.
+The mean of unit vectors is no unit vector, and the mean of masks is no mask. In the consensus a
+mask is the first rank's, and the vectors of a spectral norm are those of the mean of the weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,14 +57,19 @@ def adam(model: nn.Module) -> Sequence[Optimizer]:
 
 
 class Seen(NamedTuple):
-    """This rank's state dictionary, and the two layers' weights in the consensus model."""
+    """This rank's state dictionary, and in the consensus model that and the two layers' weights."""
 
     mine: dict[str, Tensor]
+    consensus: dict[str, Tensor]
     weights: list[Tensor]
 
 
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
 def look(layers: Sequence[Layer], algorithm: str) -> list[Seen]:
-    """After four steps of a round of eight."""
+    """After four steps of a round of eight; and that the block leaves nothing behind."""
     seen = []
     for layer in layers:
         model = partial(_two_layers, layer)
@@ -73,40 +79,116 @@ def look(layers: Sequence[Layer], algorithm: str) -> list[Seen]:
         for _ in range(4):
             trainer.step()
         module = trainer.model.module.eval()
-        mine = {name: value.clone() for name, value in module.state_dict().items()}
+        mine = state_of(module)
         with torch.no_grad(), trainer.state.averaged():
             module(torch.zeros(1, 5))
-            seen.append(Seen(mine, [module.get_submodule(n).weight.clone() for n in "02"]))
+            weights = [module.get_submodule(n).weight.clone() for n in "02"]
+            seen.append(Seen(mine, state_of(module), weights))
+        assert all(torch.equal(mine[name], value) for name, value in module.state_dict().items())
         trainer.model.train()  # type: ignore[no-untyped-call]
         trainer.step()
     return seen
 
 
 def consensus_weight(ranks: Sequence[dict[str, Tensor]], number: str) -> Tensor:
-    """The layer's weight out of the parameters' mean and the first rank's buffers."""
+    """The layer's weight out of the parameters' mean, and of the first rank's mask."""
     first = ranks[0]
     hook, parametrization = f"{number}.weight_", f"{number}.parametrizations.weight."
     raw = f"{hook}orig" if f"{hook}orig" in first else f"{parametrization}original"
     mean = torch.stack([rank[raw] for rank in ranks]).mean(0)
     if f"{hook}mask" in first:
         return mean * first[f"{hook}mask"]
-    u, v = (
-        (first[f"{hook}u"], first[f"{hook}v"])
-        if f"{hook}u" in first
-        else (first[f"{parametrization}0._u"], first[f"{parametrization}0._v"])
-    )
-    return mean / (u @ mean @ v)
+    expected: Tensor = mean / torch.linalg.matrix_norm(mean, 2)
+    return expected
 
 
 @pytest.mark.parametrize("algorithm", ["LocalSGD", "OverlapLocalSGD"])
-def test_the_weight_is_that_of_the_mean_and_the_first_ranks_buffers(algorithm: str) -> None:
+def test_the_weight_is_that_of_the_mean(algorithm: str) -> None:
+    """With the first rank's u and v its largest singular value was up to 1.09."""
     layers = [with_hook, with_parametrization, pruned]
     for layer, *seen in zip(layers, *run_ranks(look, 3, layers, algorithm), strict=True):
         for position, number in enumerate("02"):
             expected = consensus_weight([each.mine for each in seen], number)
             for rank, each in enumerate(seen):
                 off = (each.weights[position] - expected).abs().max().item()
-                assert off < 1e-6, (layer.__name__, number, rank, off)
-            if layer is not pruned:
-                largest = torch.linalg.matrix_norm(expected, 2).item()
-                assert 0.999 < largest < 1.02, (layer.__name__, number, largest)
+                assert off < 2e-6, (layer.__name__, number, rank, off)
+        for each in seen:
+            assert all(torch.equal(seen[0].consensus[n], v) for n, v in each.consensus.items())
+
+
+# Weights in which power iterations from one rank's vectors would stand still, or go on for long.
+
+
+class Spectra(nn.Module):
+    """A convolution with a transposed one, an embedding of bf16, and two norms on one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.corner = spectral_norm(nn.Linear(2, 2, bias=False))
+        self.conv = parametrizations.spectral_norm(nn.Conv2d(3, 40, 3))
+        self.turned = spectral_norm(nn.ConvTranspose2d(4, 6, 3))
+        self.table = parametrizations.spectral_norm(nn.Embedding(9, 5).bfloat16())
+        self.twice = parametrizations.spectral_norm(
+            parametrizations.weight_norm(nn.Linear(5, 70, bias=False))
+        )
+        self.zero = parametrizations.spectral_norm(nn.Linear(3, 2, bias=False))
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y + 0 * sum(p.sum().float() for p in self.parameters())
+
+
+def spectra(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(3)
+    return Spectra()
+
+
+def write_apart(module: Spectra, rank: int) -> None:
+    """Other weights on every rank, with the first one's vectors at rest in the wrong place."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=seeded(9, rank)))
+        corner = [torch.tensor([2.0, 1.0]), torch.tensor([1.0, 4.0])][rank % 2]
+        module.corner.get_parameter("weight_orig").copy_(corner.diag())
+        for name in ("weight_u", "weight_v"):
+            module.corner.get_buffer(name).copy_(torch.eye(2)[rank % 2])
+        module.get_parameter("zero.parametrizations.weight.original").zero_()
+
+
+def largest_values(algorithm: str) -> list[dict[str, float]]:
+    """Largest singular values of the weights in averaged(), and after finish()."""
+    trainer = Trainer(Case(algorithm, {"tau": 8}, model=spectra, optimizers=adam))
+    module = trainer.model.module
+    assert isinstance(module, Spectra)
+    trainer.step()
+    write_apart(module, trainer.rank)
+    module.eval()
+    seen = []
+    with torch.no_grad(), trainer.state.averaged():
+        seen.append(largest(module))
+    trainer.state.finish()
+    with torch.no_grad():
+        seen.append(largest(module))
+    return seen
+
+
+def largest(module: Spectra) -> dict[str, float]:
+    module.corner(torch.zeros(1, 2))
+    module.turned(torch.zeros(1, 4, 5, 5))
+    weights = {
+        "corner": module.corner.weight,
+        "conv": torch.flatten(module.conv.weight, 1),  # type: ignore[arg-type]
+        "turned": module.turned.weight.transpose(0, 1).flatten(1),
+        "table": module.table.weight.float(),
+        "twice": module.twice.weight,
+    }
+    return {name: torch.linalg.matrix_norm(w, 2).item() for name, w in weights.items()}
+
+
+def test_every_spectral_norm_is_one() -> None:
+    first, *others = run_ranks(largest_values, 2, "OverlapLocalSGD")
+    assert all(each == first for each in others)
+    for values in first:
+        for name, value in values.items():
+            assert abs(value - 1) < (2e-2 if name == "table" else 1e-5), (name, value)

@@ -27,7 +27,7 @@ def loss_of(model: nn.Module, trainer: Trainer) -> Tensor:
 
 
 def through_the_module(trainer: Trainer) -> None:
-    loss_of(trainer.model.module, trainer).backward()
+    torch.autograd.backward(loss_of(trainer.model.module, trainer))
     trainer.optimize()
 
 
@@ -41,7 +41,7 @@ def by_autograd_grad(trainer: Trainer) -> None:
 
 def under_no_sync(trainer: Trainer) -> None:
     with trainer.model.no_sync():
-        loss_of(trainer.model, trainer).backward()
+        torch.autograd.backward(loss_of(trainer.model, trainer))
     trainer.optimize()
 
 
@@ -50,7 +50,7 @@ def by_a_functional_call(trainer: Trainer) -> None:
     module = trainer.model.module
     x, y = batch(trainer.rank, trainer.steps)
     out = torch.func.functional_call(module, dict(module.named_parameters()), (x,))
-    nn.functional.mse_loss(out, y).backward()
+    torch.autograd.backward(nn.functional.mse_loss(out, y))
     trainer.optimize()
 
 
@@ -120,7 +120,7 @@ def another_dtype_and_back() -> None:
         trainer.model.float()
         for _ in range(4):
             trainer.steps += 1
-            loss_of(trainer.model, trainer).backward()
+            torch.autograd.backward(loss_of(trainer.model, trainer))
             trainer.optimize()
         trainer.state.finish()
         assert gap(trainer.x) == 0.0
@@ -138,7 +138,7 @@ def closure(trainer: Trainer) -> None:
     def compute() -> Tensor:
         trainer.optimizers[0].zero_grad()
         value = loss_of(trainer.model, trainer)
-        value.backward()
+        torch.autograd.backward(value)
         return value
 
     trainer.optimizers[0].step(compute)  # type: ignore[arg-type]
@@ -146,20 +146,20 @@ def closure(trainer: Trainer) -> None:
 
 def accumulating(trainer: Trainer) -> None:
     with trainer.model.no_sync():
-        loss_of(trainer.model, trainer).backward()
-    loss_of(trainer.model, trainer).backward()
+        torch.autograd.backward(loss_of(trainer.model, trainer))
+    torch.autograd.backward(loss_of(trainer.model, trainer))
     trainer.optimize()
 
 
 def without_gradients(trainer: Trainer) -> None:
     """A step to quiet a scheduler, as many scripts make one."""
     trainer.optimize()
-    loss_of(trainer.model, trainer).backward()
+    torch.autograd.backward(loss_of(trainer.model, trainer))
     trainer.optimize()
 
 
 def scaled(trainer: Trainer) -> None:
-    loss_of(trainer.model, trainer).backward()
+    torch.autograd.backward(loss_of(trainer.model, trainer))
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     scaler.scale(torch.zeros(()))
     scaler.step(trainer.optimizers[0])
@@ -168,21 +168,21 @@ def scaled(trainer: Trainer) -> None:
 
 
 def evaluating(trainer: Trainer) -> None:
-    loss_of(trainer.model, trainer).backward()
+    torch.autograd.backward(loss_of(trainer.model, trainer))
     trainer.optimize()
     with trainer.state.averaged(), torch.no_grad():
         loss_of(trainer.model, trainer)
 
 
 def saving_and_loading(trainer: Trainer) -> None:
-    loss_of(trainer.model, trainer).backward()
+    torch.autograd.backward(loss_of(trainer.model, trainer))
     trainer.optimize()
     trainer.go_on(trainer.saved(), trainer.steps)
 
 
 def exchanging_weights(trainer: Trainer) -> None:
     """An average over time takes the weights' place for an evaluation."""
-    loss_of(trainer.model, trainer).backward()
+    torch.autograd.backward(loss_of(trainer.model, trainer))
     trainer.optimize()
     with torch.no_grad():
         own = [p.clone() for p in trainer.model.parameters()]
@@ -237,7 +237,7 @@ def fused_backward(model: DistributedDataParallel) -> None:
         optimizers[p].zero_grad()
 
     for p in optimizers:
-        p.register_post_accumulate_grad_hook(step)
+        p.register_post_accumulate_grad_hook(step)  # type: ignore[no-untyped-call]
 
 
 def fused(case: Case) -> list[str]:

@@ -364,3 +364,42 @@ def test_it_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     first, second = run_ranks(resume, 2, tmp_path, tidy=False)
     assert torch.equal(first[0], second[0])
     assert first[1] == 12
+
+
+def teach_and_save(folder: Path) -> dict[str, Any]:
+    """A teacher within the module, which a hook of its own moves after every batch."""
+    ready_for_frameworks()
+    from lightning import Callback
+
+    from commhooks.lightning import Consensus
+
+    seen: dict[str, Any] = {}
+
+    class Teach(Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            for t, s in zip(module.teacher.parameters(), module.body.parameters(), strict=True):
+                t.data.mul_(0.7).add_(s.data, alpha=0.3)
+            if trainer.global_step == TAU + 1:
+                seen["own"] = flat(list(module.teacher.parameters())).clone()
+                trainer.save_checkpoint(folder / "all.ckpt")
+                seen["after"] = flat(list(module.teacher.parameters())).clone()
+
+    module = build_module()
+    module.teacher = build_module().body.requires_grad_(False)
+    trainer = build(folder, Consensus(commhooks.LocalSGD(tau=TAU)), Teach())
+    trainer.fit(module, loaders()[0])
+    seen["finished"] = flat(list(module.teacher.parameters())).clone()
+    dist.barrier()
+    saved = torch.load(folder / "all.ckpt", weights_only=False)["state_dict"]
+    seen["saved"] = flat([saved[f"teacher.{n}"] for n, _ in module.teacher.named_parameters()])
+    return seen
+
+
+def test_a_checkpoint_holds_the_mean_of_the_teachers(tmp_path: Path) -> None:
+    """It held rank 0's, beside the mean of the students."""
+    ends = run_ranks(teach_and_save, 2, tmp_path, tidy=False)
+    assert not torch.equal(ends[0]["own"], ends[1]["own"])
+    assert torch.equal(ends[0]["finished"], ends[1]["finished"])
+    for end in ends:
+        torch.testing.assert_close(end["saved"], mean([each["own"] for each in ends]))
+        assert torch.equal(end["after"], end["own"])

@@ -76,10 +76,15 @@ class Links:
         for each in self.all:
             each.close()
 
-    def peers_differ(self, fingerprints: Mapping[int, int | None]) -> bool:
-        """Whether some rank's number, by its global one, is not that of its peers."""
-        places = zip(*self.layout.islands, strict=True)
-        return any(len({fingerprints[rank] for rank in peers}) > 1 for peers in places)
+    @property
+    def teams(self) -> list[list[int]]:
+        """The numbers, among all ranks, of those at the same place in their islands."""
+        number = self.everyone.ranks.index
+        return [[number(rank) for rank in team] for team in zip(*self.layout.islands, strict=True)]
+
+    def peers_differ(self, numbers: Sequence[int | None]) -> bool:
+        """Whether some rank's number is not that of its peers; they come in the ranks' order."""
+        return any(len({numbers[rank] for rank in team}) > 1 for team in self.teams)
 
     def apart(self, digests: Sequence[int]) -> str | None:
         """What is wrong where two ranks of an island have different digests.

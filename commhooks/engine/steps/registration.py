@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ __all__ = [
     "check_group",
     "check_model",
     "check_optimizers",
+    "check_pruning",
     "check_scaler",
     "parameter_facts",
     "refuse_unknown",
@@ -78,7 +80,8 @@ def check_model(
 
     Raises:
         RegistrationError: there is none, it has a hook already, it was built in a mode that goes
-            without such a hook, or it makes sparse gradients.
+            without such a hook or averages some gradients outside of it, or it makes sparse
+            gradients.
     """
     if ddp is None:
         refuse_replicate(given)
@@ -95,6 +98,12 @@ def check_model(
             "This DDP model has a communication hook already, and DDP takes one for life; wrap "
             "the module in a new DistributedDataParallel and register there, once."
         )
+    if ddp._delay_all_reduce_params:
+        raise RegistrationError(
+            "The DDP model was built with delay_all_reduce_named_params, which averages gradients "
+            "outside of the communication hook. Leave delay_all_reduce_named_params and "
+            "param_to_hook_all_reduce out."
+        )
     for name, module in ddp.module.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise RegistrationError(
@@ -104,6 +113,36 @@ def check_model(
     if not synchronized_parameters(ddp):
         raise RegistrationError("The model has no parameter that requires a gradient.")
     return ddp
+
+
+def check_pruning(module: nn.Module, local_after: int | None) -> None:
+    """Refuse layers that prune by gradients while those are a rank's own.
+
+    peft's AdaLoRA decides with each rank's gradients which ranks of its matrices to keep, and keeps
+    the decision in Python, where nobody can send it. After a known step all is decided.
+
+    Args:
+        module: the model.
+        local_after: steps whose gradients are averaged; None for all.
+
+    Raises:
+        RegistrationError: it would prune by local gradients.
+    """
+    if local_after is None:
+        return
+    for each in module.modules():
+        allocator: Any = getattr(each, "rankallocator", None)
+        if type(allocator).__name__ != "RankAllocator":
+            continue
+        config = allocator.peft_config
+        decided = config.total_step - config.tfinal
+        if local_after <= decided:
+            raise RegistrationError(
+                f"AdaLoRA prunes by gradients up to step {decided} (total_step - tfinal), and "
+                "every worker would prune by its own, and end with another rank_pattern. Take "
+                "plain LoRA (peft.LoraConfig), or begin local steps later, with "
+                f"warmup_steps={decided + 1}."
+            )
 
 
 def check_optimizers(optimizers: Sequence[object], parameters: Sequence[Tensor]) -> list[Optimizer]:

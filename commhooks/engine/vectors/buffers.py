@@ -16,6 +16,7 @@ import hashlib
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,54 @@ from commhooks.engine.vectors.chunks import real
 from commhooks.engine.vectors.devices import accumulation_dtype
 from commhooks.errors import RegistrationError
 
-__all__ = ["Buffer", "BufferExchange", "check_patterns", "common", "digest", "find_buffers"]
+__all__ = [
+    "Buffer",
+    "Described",
+    "Exchange",
+    "Replaced",
+    "can_be_sent",
+    "check_patterns",
+    "common",
+    "digest",
+    "find_buffers",
+    "numbers",
+    "write",
+]
 
 _STATISTICS = ("running_mean", "running_var")
 
 Description = Mapping[str, tuple[object, ...]]
 """What ranks must have in common of every buffer, by name."""
+
+
+class Described(Protocol):
+    """What ranks compare by name before anything of it is sent."""
+
+    @property
+    def name(self) -> str:
+        """What it is matched by."""
+
+    def describe(self) -> tuple[object, ...]:
+        """What ranks must have in common of it."""
+
+
+class Replaced(Protocol):
+    """What the consensus replaces, and puts back."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """The numbers."""
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the consensus has their mean, or the first rank's."""
+
+    @property
+    def compared(self) -> bool:
+        """Whether the first rank's are sent along with the mean, and kept where they equal it."""
+
+    def put_back(self, own: Tensor) -> None:
+        """Give it this rank's own numbers again."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +91,8 @@ class Buffer:
     tensor: Tensor
     averaged: bool
 
+    compared = True
+
     @property
     def key(self) -> str:
         """Its name within its owner."""
@@ -61,6 +106,16 @@ class Buffer:
     def describe(self) -> tuple[object, ...]:
         """What ranks must have in common of it."""
         return tuple(self.tensor.shape), str(self.tensor.dtype), self.saved, self.averaged
+
+    def put_back(self, own: Tensor) -> None:
+        """Give it this rank's own numbers again.
+
+        A forward may have replaced a buffer by another tensor meanwhile. If that one is a cache,
+        it fits what the module remembers of it, and stays.
+        """
+        write(self.tensor, own)
+        if self.saved:
+            self.owner._buffers[self.key] = self.tensor
 
 
 def find_buffers(
@@ -81,7 +136,7 @@ def find_buffers(
             if tensor is None or id(tensor) in seen or name in ignored:
                 continue
             seen.add(id(tensor))
-            if _can_be_sent(tensor):
+            if can_be_sent(tensor):
                 averaged = _is_statistic(module, key) or _matches(name, patterns)
                 found[name] = Buffer(name, module, tensor, averaged)
     return [found[name] for name in sorted(found)]
@@ -103,21 +158,21 @@ def check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
             )
         for name in named:
             tensor = buffers[name]
-            if not (tensor.is_floating_point() or tensor.is_complex()) or not _can_be_sent(tensor):
+            if not (tensor.is_floating_point() or tensor.is_complex()) or not can_be_sent(tensor):
                 raise RegistrationError(
                     f"average_buffers names {name!r}, a {tensor.layout} tensor of {tensor.dtype} "
                     "that has no mean or repeats its memory; leave it out."
                 )
 
 
-def digest(buffers: Iterable[Buffer], bits: int | None) -> int:
+def digest(held: Iterable[Described], bits: int | None) -> int:
     """A number below 2^48 that ranks with the same buffers and the same ``bits`` have in common.
 
     Args:
-        buffers: what is described.
+        held: buffers, or whatever, that are described.
         bits: a number that stands for the parameters.
     """
-    text = repr(([(buffer.name, buffer.describe()) for buffer in buffers], bits))
+    text = repr(([(each.name, each.describe()) for each in held], bits))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 
@@ -147,28 +202,32 @@ def common(everyone: Sequence[Description], ranks: Sequence[int]) -> tuple[set[s
     return alike, problems
 
 
-class BufferExchange:
-    """What is sent of the buffers, and how they are replaced and put back.
+class Exchange:
+    """What is sent of buffers and the like, and how they are replaced and put back.
 
     Args:
-        buffers: those that take part, alike on all ranks.
+        held: those that take part, alike on all ranks.
         device: where the ranks' collectives run.
+        workers: number of ranks.
 
     Attributes:
-        first: all numbers as bytes, to be overwritten with the first rank's.
+        first: numbers as bytes, to be overwritten with the first rank's.
         sums: what is to be summed over the ranks, by format.
     """
 
-    def __init__(self, buffers: Sequence[Buffer], device: torch.device, workers: int) -> None:
-        self._buffers = list(buffers)
+    def __init__(self, held: Sequence[Replaced], device: torch.device, workers: int) -> None:
+        self._held = list(held)
         self._workers = workers
-        self._own = [buffer.tensor.detach().clone() for buffer in buffers]
-        self.first = _joined([_flat(b.tensor).view(torch.uint8) for b in buffers], device)
+        self._own = [each.tensor.detach().clone() for each in held]
+        self.first = _joined(
+            [numbers(e.tensor).view(torch.uint8) for e in held if e.compared or not e.averaged],
+            device,
+        )
         parts: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in buffers:
-            if buffer.averaged:
-                dtype = accumulation_dtype(buffer.tensor.dtype)
-                parts.setdefault(dtype, []).append(_flat(buffer.tensor).to(dtype))
+        for each in held:
+            if each.averaged:
+                dtype = accumulation_dtype(each.tensor.dtype)
+                parts.setdefault(dtype, []).append(numbers(each.tensor).to(dtype))
         self.sums = {
             dtype: _joined(each, device).mul_(1.0 / workers) for dtype, each in parts.items()
         }
@@ -182,29 +241,29 @@ class BufferExchange:
         """Put what has arrived in place."""
         begin = 0
         done = dict.fromkeys(self.sums, 0)
-        for buffer in self._buffers:
-            like = _flat(buffer.tensor)
-            size = like.numel() * like.element_size()
-            # A copy, whose memory is aligned for any format.
-            value = self.first[begin : begin + size].clone().view(like.dtype)
-            begin += size
-            if buffer.averaged:
-                dtype = accumulation_dtype(buffer.tensor.dtype)
-                mean = self.sums[dtype][done[dtype] : done[dtype] + like.numel()]
+        for each in self._held:
+            like = numbers(each.tensor)
+            first: Tensor | None = None
+            if each.compared or not each.averaged:
+                size = like.numel() * like.element_size()
+                # A copy, whose memory is aligned for any format.
+                first = self.first[begin : begin + size].clone().view(like.dtype)
+                begin += size
+            value = first
+            if each.averaged:
+                dtype = accumulation_dtype(each.tensor.dtype)
+                value = self.sums[dtype][done[dtype] : done[dtype] + like.numel()]
                 done[dtype] += like.numel()
-                value = _rounded(mean, value.to(dtype), self._workers).to(like.dtype)
-            _write(buffer.tensor, _shaped(value, buffer.tensor))
+                if first is not None:
+                    value = _rounded(value, first.to(dtype), self._workers)
+                value = value.to(like.dtype)
+            assert value is not None
+            write(each.tensor, _shaped(value, each.tensor))
 
     def put_back(self) -> None:
-        """Put this rank's own numbers back, bit for bit.
-
-        A forward may have replaced a buffer by another tensor meanwhile. If that one is a cache,
-        it fits what the module remembers of it, and stays.
-        """
-        for buffer, own in zip(self._buffers, self._own, strict=True):
-            _write(buffer.tensor, own)
-            if buffer.saved:
-                buffer.owner._buffers[buffer.key] = buffer.tensor
+        """Put this rank's own numbers back, bit for bit."""
+        for each, own in zip(self._held, self._own, strict=True):
+            each.put_back(own)
 
 
 def _is_statistic(module: nn.Module, key: str) -> bool:
@@ -218,7 +277,8 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _can_be_sent(tensor: Tensor) -> bool:
+def can_be_sent(tensor: Tensor) -> bool:
+    """Whether its numbers are all there, each in a place of its own."""
     return (
         tensor.layout == torch.strided
         and not tensor.is_quantized
@@ -227,8 +287,8 @@ def _can_be_sent(tensor: Tensor) -> bool:
     )
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """The numbers of a buffer as real ones, in the order of its indices."""
+def numbers(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor as real ones, in the order of its indices."""
     return real(tensor.detach().resolve_conj().resolve_neg()).reshape(-1)
 
 
@@ -253,7 +313,8 @@ def _rounded(mean: Tensor, first: Tensor, workers: int) -> Tensor:
     return torch.where((mean - first).abs() <= slack, first, mean)
 
 
-def _write(tensor: Tensor, value: Tensor) -> None:
+def write(tensor: Tensor, value: Tensor) -> None:
+    """Copy ``value`` into a tensor, outside autograd."""
     # A cache that was made in inference mode can be written to there only.
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
         tensor.copy_(value)
