@@ -224,6 +224,10 @@ class Engine:
         first = min(self._fragments, key=lambda fragment: fragment.schedule.next)
         return first if first.schedule.next <= self._standing.step else None
 
+    def watch(self, module: nn.Module) -> None:
+        """Give advice to who uses this rank's own ``module`` for what it is not."""
+        self._advice.watch(module)
+
     def read_rates_from(self, read: Callable[[], Mapping[int, float]]) -> None:
         """Ask this method for learning rates; whoever has it holds this engine."""
         self._read_rates = weakref.WeakMethod(read)
@@ -285,6 +289,7 @@ class Engine:
     def before_forward(self, model: nn.Module) -> None:
         """The model is about to run."""
         self.pass_by()
+        self._advice.forward()
         if not (model.training or torch.is_grad_enabled() or self._consensus is not None):
             self._advice.evaluated()
 
@@ -453,7 +458,7 @@ class Engine:
             refusal = self._check()
             consensus = enter(what, buckets, buffers, refusal, self.links, self._call, self._meter)
             self._block, self._consensus = block, consensus
-            self._advice.together()
+            self._advice.averaged(inside=True)
 
     def leave_consensus(self, block: object) -> None:
         """Put this rank's own model back, if the consensus is there for this very block."""
@@ -461,6 +466,7 @@ class Engine:
             self._reshard()
             self._consensus.leave()
             self._consensus = None
+            self._advice.averaged(inside=False)
 
     def finish(self, what: str, buffers: Callable[[], Sequence[Buffer]]) -> None:
         """Drain, end on the consensus model, and begin anew from it if training goes on.
@@ -486,6 +492,7 @@ class Engine:
             raise
 
     def _begin_anew(self) -> None:
+        self._advice.together()
         self._overwritten = False
         self._finished_at = self._standing.step
         self._standing.origin = max(self._standing.origin, self._standing.step)
@@ -514,6 +521,7 @@ class Engine:
             tell(self.links.everyone.parent, None)
             self.links.close()
             self._gradients.close()
+        self._advice.close()
         for fragment in self._fragments:
             fragment.release()
 
@@ -567,6 +575,7 @@ class Engine:
         self.at_boundary()
         self.drain()
         self._meter.settle(wait=True)
+        self._advice.kept()
         return self.saving.state_dict(self._rules)
 
     def check_state_dict(self, saved: Mapping[str, Any]) -> None:

@@ -333,6 +333,7 @@ class CommHookState(Rules, Joinable):
         )
         self._engine.read_rates_from(self._optimizers.rates)
         self._model_watch = ModelWatch(model, self._before_sharded_forward, self._before_load)
+        self._engine.watch(model)
 
     def before_first_forward(self, ddp: DistributedDataParallel) -> None:
         """The model that this state is the hook of is about to run (the bare form). Collective."""
@@ -449,6 +450,7 @@ class CommHookState(Rules, Joinable):
         self._optimizers = OptimizerWatch(self._engine, parameters, optimizers, scaler=scaler)
         self._engine.read_rates_from(self._optimizers.rates)
         self._model_watch = ModelWatch(ddp, self._before_forward, self._before_load)
+        self._engine.watch(ddp.module)
         if ddp.forward_sync_buffers and any(True for _ in ddp.module.buffers()):
             logger.info(
                 "commhooks: DDP no longer broadcasts buffers at every forward; averaged() and "

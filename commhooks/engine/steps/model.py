@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["ModelWatch", "ParameterCheck", "unwrap_ddp", "when_forwarded"]
+__all__ = ["Hook", "ModelWatch", "ParameterCheck", "unwrap_ddp", "when_forwarded"]
 
 
 def unwrap_ddp(module: object) -> DistributedDataParallel | None:
@@ -40,8 +40,8 @@ class ModelWatch:
         # Of the module within, since that one may be loaded, too.
         module = model.module if isinstance(model, DistributedDataParallel) else model
         self._handles: list[RemovableHandle] = [
-            module.register_load_state_dict_pre_hook(_Hook(before_load)),
-            model.register_forward_pre_hook(_Hook(before_forward)),
+            module.register_load_state_dict_pre_hook(Hook(before_load)),
+            model.register_forward_pre_hook(Hook(before_forward)),
         ]
 
     def close(self) -> None:
@@ -50,11 +50,11 @@ class ModelWatch:
             handle.remove()
 
 
-class _Hook:
+class Hook:
     """A module's hook that keeps its target alive no longer than others do.
 
     A copy or a pickle of the module has one in its place that does nothing, and whose pickle loads
-    where this package is not installed: a logger's method for messages that nobody wants.
+    where this package is not installed: a method of Python's own that takes anything.
     """
 
     def __init__(self, target: Callable[..., None]) -> None:
@@ -76,7 +76,7 @@ class _Hook:
             target()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (logging.getLogger("commhooks.copies"), "debug")
+        return getattr, (nullcontext(), "__exit__")
 
 
 class ParameterCheck:
