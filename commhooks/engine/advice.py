@@ -50,7 +50,8 @@ class _Open:
         apart: whether the ranks' models differ, and nothing has made them one for good.
         inside: whether this is inside ``averaged()``.
         read: whether this rank's own model was read as if to save it.
-        kept: whether the state was read, too, so that the run can go on from it.
+        checkpointed: whether that was for a checkpoint: the state was saved or loaded at this step,
+            or the model loaded.
     """
 
     algorithm: str
@@ -58,7 +59,7 @@ class _Open:
     apart: bool = False
     inside: bool = False
     read: bool = False
-    kept: bool = False
+    checkpointed: bool = False
 
 
 def _remind(run: _Open, call: _Call) -> None:
@@ -66,7 +67,7 @@ def _remind(run: _Open, call: _Call) -> None:
     # Who ends with an error has been told something else already.
     if not run.apart or call.failed or hasattr(sys, "last_value"):
         return
-    if run.read and not run.kept and run.speaks:
+    if run.read and not run.checkpointed and run.speaks:
         logger.warning("commhooks: %s", _SAVED)
     logger.warning(
         "commhooks: %s made local steps after the last finish(), so that every rank ends with a "
@@ -148,19 +149,19 @@ class Advice:
                 "the consensus. Write, on all ranks: with state.averaged(): evaluate(model)",
             )
 
-    def kept(self) -> None:
-        """The state was asked for what it takes to go on."""
-        self._run.kept = True
+    def checkpointed(self) -> None:
+        """The state was saved or loaded, or the model loaded."""
+        self._run.checkpointed = True
 
     def _read(self) -> None:
         """The model's parameters were asked for, or it was copied."""
         self._run.read |= self._run.apart and not self._run.inside
 
     def _between_steps(self) -> None:
-        """What was read since the last step was all that was read at this one."""
-        if self._run.read and not self._run.kept:
+        """All that was read at a step has been, and in any order."""
+        if self._run.read and not self._run.checkpointed:
             self._say("saved", _SAVED)
-        self._run.read = self._run.kept = False
+        self._run.read = self._run.checkpointed = False
 
     def _look(self) -> None:
         if self._own_model is not None:

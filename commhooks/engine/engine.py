@@ -551,6 +551,7 @@ class Engine:
 
     def parameters_overwritten(self) -> None:
         """Somebody else than an optimizer is about to write to the parameters."""
+        self._advice.checkpointed()
         if self._finished_at == self._standing.step:
             self._standing.started = False
         drawn_back = self._rules.overlapped or bool(self._rules.vectors)
@@ -575,7 +576,7 @@ class Engine:
         self.at_boundary()
         self.drain()
         self._meter.settle(wait=True)
-        self._advice.kept()
+        self._advice.checkpointed()
         return self.saving.state_dict(self._rules)
 
     def check_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -598,6 +599,7 @@ class Engine:
         """
         self.refuse_inside_averaged("load_state_dict()")
         self.drain()
+        self._advice.checkpointed()
         self._overwritten = False
         return self.saving.load(saved, self._rules)
 

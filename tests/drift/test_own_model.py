@@ -101,6 +101,26 @@ def test_nothing_is_said_of_a_run_that_is_saved_to_go_on(order: str) -> None:
     assert run_ranks(saves_the_run, 2, order) == [[], []]
 
 
+def loads() -> list[str]:
+    """As safetensors loads a model, and as Accelerate's files are looked through."""
+    with heard() as lines:
+        trainer = Trainer(one_case("LocalSGD", 3))
+        trainer.step()
+        kept = trainer.saved()
+        trainer.step()
+        trainer.model.module.state_dict()
+        trainer.go_on(kept, 1)
+        trainer.step()
+        trainer.model.state_dict(keep_vars=True)
+        trainer.step()
+        trainer.state.finish()
+    return lines
+
+
+def test_nothing_is_said_of_loading() -> None:
+    assert run_ranks(loads, 2) == [[], []]
+
+
 def saves_last() -> list[str]:
     with heard() as lines:
         trainer = Trainer(one_case("LocalSGD", 3))

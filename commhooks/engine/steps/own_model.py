@@ -62,6 +62,11 @@ class OwnModelWatch:
 class _ReadHook(Hook):
     """One that is also told of copies and pickles, of which it is a part."""
 
+    def __call__(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+        # Who wants the parameters themselves looks at them, and does not save them.
+        if not keep_vars:
+            super().__call__(module)
+
     def __reduce__(self) -> tuple[Any, ...]:
         if (target := self._target()) is not None:
             target()
