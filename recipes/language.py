@@ -12,6 +12,9 @@ With --fsdp, the ranks of an island hold one model together (FSDP2), and the isl
         --fsdp --island 2
 """
 
+import common.ctrl_c  # noqa: F401 - before what takes long to import
+
+# isort: split
 import warnings
 from dataclasses import dataclass, field
 from typing import Any

@@ -6,6 +6,9 @@ Runs on GPUs where there is one for each process and on the CPU elsewhere. The t
 it would be under plain DDP; a state is registered before it, and finished after it.
 """
 
+import common.ctrl_c  # noqa: F401 - before what takes long to import
+
+# isort: split
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 

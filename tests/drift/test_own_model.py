@@ -1,4 +1,4 @@
-"""Pins who is told that a rank's own model is not the result: past DDP, on one rank, in any form."""
+"""Pins who is told that a rank's own model is not the result: past DDP, and on one rank."""
 
 import copy
 import io

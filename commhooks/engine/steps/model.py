@@ -64,6 +64,7 @@ class Hook:
         self._call: Callable[..., None] = torch.compiler.disable(self._tell)  # type: ignore[no-untyped-call]
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
+        """Torch calls every kind of hook with the module, and some with more."""
         self._call(module)
 
     def _tell(self, module: nn.Module) -> None:
