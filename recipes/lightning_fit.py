@@ -1,13 +1,13 @@
 """Lightning with any algorithm of commhooks, through commhooks.lightning.
 
-    accelerate launch --multi_gpu --num_processes 2 recipes/lightning_fit.py --algorithm local-sgd
+    python recipes/start.py recipes/lightning_fit.py --algorithm local-sgd
 
 Lightning takes its place among the processes that accelerate launch (or torchrun) starts. Trains a
 tiny transformer on the bytes of the text that comes with Python. Nothing is downloaded. Runs on
 GPUs where there is one for each process and on the CPU elsewhere.
 """
 
-import common.ctrl_c
+import common.ctrl_c  # before what takes long to import
 
 # isort: split
 import math

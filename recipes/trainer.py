@@ -1,12 +1,12 @@
 """Hugging Face's Trainer with any algorithm of commhooks, through commhooks.transformers.
 
-    accelerate launch --multi_gpu --num_processes 2 recipes/trainer.py --algorithm local-sgd
+    python recipes/start.py recipes/trainer.py --algorithm local-sgd
 
 Trains a tiny GPT-2 from scratch on the bytes of the text that comes with Python. Nothing is
 downloaded. Runs on GPUs where there is one for each process and on the CPU elsewhere.
 """
 
-import common.ctrl_c
+import common.ctrl_c  # before what takes long to import
 
 # isort: split
 import math
