@@ -1,6 +1,6 @@
 """Train a small byte-level language model over several processes with any algorithm of commhooks.
 
-    accelerate launch --multi_gpu --num_processes 2 recipes/language.py --algorithm local-sgd
+    python recipes/start.py recipes/language.py --algorithm local-sgd
 
 Runs on GPUs where there is one for each process and on the CPU elsewhere. Trains on the text that
 comes with Python, or on --text FILE, and reports bits per byte of the consensus model on text that
@@ -12,6 +12,9 @@ With --fsdp, the ranks of an island hold one model together (FSDP2), and the isl
         --fsdp --island 2
 """
 
+import common.ctrl_c  # noqa: F401 - before what takes long to import
+
+# isort: split
 import warnings
 from dataclasses import dataclass, field
 from typing import Any

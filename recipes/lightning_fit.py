@@ -1,12 +1,15 @@
 """Lightning with any algorithm of commhooks, through commhooks.lightning.
 
-    accelerate launch --multi_gpu --num_processes 2 recipes/lightning_fit.py --algorithm local-sgd
+    python recipes/start.py recipes/lightning_fit.py --algorithm local-sgd
 
 Lightning takes its place among the processes that accelerate launch (or torchrun) starts. Trains a
 tiny transformer on the bytes of the text that comes with Python. Nothing is downloaded. Runs on
 GPUs where there is one for each process and on the CPU elsewhere.
 """
 
+import common.ctrl_c  # before what takes long to import
+
+# isort: split
 import math
 import os
 from dataclasses import dataclass, field
@@ -26,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from commhooks import CommHooksError, CommHookState
 from commhooks.lightning import Consensus
-from common.algorithms import AlgorithmOptions, build_state, run_name
+from common.algorithms import AlgorithmOptions, build_state, run_name, tell_of_rate
 from common.errors import RecipeError
 from common.options import FitOptions, read_command_line, refuse
 from common.report import write_json
@@ -48,9 +51,10 @@ class Config:
 class LanguageModel(L.LightningModule):
     """A byte-level transformer as Lightning wants it."""
 
-    def __init__(self, fit: FitOptions) -> None:
+    def __init__(self, fit: FitOptions, state: CommHookState | None) -> None:
         super().__init__()
         self.lr = fit.lr
+        self.state = state
         self.model = ByteTransformer(
             context=fit.context, width=fit.width, heads=fit.heads, layers=fit.layers
         )
@@ -69,6 +73,9 @@ class LanguageModel(L.LightningModule):
         self.log("eval/loss", self.loss(batch), sync_dist=True, batch_size=len(batch))
 
     def configure_optimizers(self) -> AdamW:
+        if self.state is not None:
+            right = self.lr * self.state.lr_factor
+            tell_of_rate(self.state, f"If --lr {self.lr:g} is that rate, give --lr {right:g}.")
         return AdamW(self.parameters(), lr=self.lr)
 
 
@@ -121,7 +128,7 @@ def main() -> None:
     except (RecipeError, CommHooksError) as error:
         refuse(error)
     L.seed_everything(fit.seed, verbose=False)
-    module = LanguageModel(fit)
+    module = LanguageModel(fit, state)
     trainer = build_trainer(config, state)
     # Lightning gives each worker its own part of both.
     train = DataLoader(text.train, batch_size=fit.batch_size, shuffle=True, drop_last=True)

@@ -1,16 +1,16 @@
 """Run any command that launches ranks over a network of a chosen speed, on this one machine.
 
     python recipes/link.py --rate 200mbit --ranks 2 -- \\
-        accelerate launch --multi_gpu recipes/vision.py --algorithm overlap-local-sgd
+        python recipes/start.py recipes/vision.py --algorithm overlap-local-sgd --scale-lr
 
 Every rank runs the command in a network namespace of its own, as if on a machine of its own; what
 it sends is held to the rate. With --per-node several ranks share a machine and its link. A rate can
 change in the middle of a run: --rate 200mbit,50mbit@60,1gbit@120 goes down to 50 Mbit/s after a
 minute, and up to 1 Gbit/s after two.
 
-`accelerate launch` and `torchrun` are told their place among the machines, as is a script that
-calls `init_process_group` itself; for anything else write {rank}, {ranks}, {address}, {port} and
-{interface} where they belong.
+recipes/start.py, `accelerate launch` and `torchrun` are told their place among the machines, as is
+a script that calls `init_process_group` itself; for anything else write {rank}, {ranks}, {address},
+{port} and {interface} where they belong.
 
 Works as root, and as an ordinary user where the kernel allows user namespaces. Where neither works
 the command runs unshaped. Rank 0 writes to the terminal; the others are heard when they fail.

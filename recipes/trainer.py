@@ -1,11 +1,14 @@
 """Hugging Face's Trainer with any algorithm of commhooks, through commhooks.transformers.
 
-    accelerate launch --multi_gpu --num_processes 2 recipes/trainer.py --algorithm local-sgd
+    python recipes/start.py recipes/trainer.py --algorithm local-sgd
 
 Trains a tiny GPT-2 from scratch on the bytes of the text that comes with Python. Nothing is
 downloaded. Runs on GPUs where there is one for each process and on the CPU elsewhere.
 """
 
+import common.ctrl_c  # before what takes long to import
+
+# isort: split
 import math
 import os
 from dataclasses import dataclass, field
@@ -22,7 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from commhooks import CommHooksError, CommHookState
 from commhooks.transformers import ConsensusTrainer
-from common.algorithms import AlgorithmOptions, build_state, run_name
+from common.algorithms import AlgorithmOptions, build_state, run_name, tell_of_rate
 from common.errors import RecipeError
 from common.options import FitOptions, read_command_line, refuse
 from common.report import write_json
@@ -138,6 +141,10 @@ def main() -> None:
         trainer = build_trainer(config, state)
     except (RecipeError, CommHooksError) as error:
         refuse(error)
+    if state is not None:
+        tell_of_rate(
+            state, f"If --lr {fit.lr:g} is that rate, give --lr {fit.lr * state.lr_factor:g}."
+        )
     trainer.train()
     during = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     # Every worker holds the consensus model now.

@@ -1,11 +1,14 @@
 """Train an image classifier over several processes with any algorithm of commhooks.
 
-    accelerate launch --multi_gpu --num_processes 2 recipes/vision.py --algorithm overlap-local-sgd
+    python recipes/start.py recipes/vision.py --algorithm overlap-local-sgd --scale-lr
 
 Runs on GPUs where there is one for each process and on the CPU elsewhere. The training loop is what
 it would be under plain DDP; a state is registered before it, and finished after it.
 """
 
+import common.ctrl_c  # noqa: F401 - before what takes long to import
+
+# isort: split
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 

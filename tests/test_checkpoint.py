@@ -181,7 +181,7 @@ def spoilt(case: Case, key: str, value: Any) -> str:
 
 def test_another_format_is_refused() -> None:
     (message,) = run_ranks(spoilt, 1, Case("LocalSGD", {"tau": 2}), "format", 1)
-    assert "format 1, this version of commhooks reads 6" in message
+    assert "format 1, this version of commhooks reads 7" in message
 
 
 def another_model(dtype: torch.dtype) -> torch.nn.Module:

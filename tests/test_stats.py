@@ -149,3 +149,35 @@ def test_gradients_of_warm_up_are_not_kept() -> None:
     for counts in run_ranks(large_storages, 2):
         # The weight, its gradient and DDP's bucket; then the wire and a chunk's scratch, too.
         assert counts == [3, 5, 5, 5]
+
+
+def figures_at_the_end(case: Case) -> list[dict[str, float]]:
+    """Those that come with a round: before finish(), behind it, resumed, and behind a next one."""
+    names = ("relative_drift", "agreement", "step_seconds", "round_seconds", "loss", "first_loss")
+    trainer = Trainer(case)
+    for step in range(case.steps):
+        trainer.state.observe(1.0 + step)
+        trainer.step()
+    trainer.state.state_dict()  # waits for the last round
+    seen = [trainer.state.stats]
+    trainer.state.finish()
+    seen.append(trainer.state.stats)
+    resumed = Trainer(case)
+    resumed.go_on(trainer.saved(), trainer.steps)
+    seen.append(resumed.state.stats)
+    trainer.step()
+    trainer.state.disable()
+    seen.append(trainer.state.stats)
+    trainer.state.close()
+    seen.append(trainer.state.stats)
+    return [{name: getattr(stats, name) for name in names} for stats in seen]
+
+
+@pytest.mark.parametrize("algorithm", ["LocalSGD", "OverlapLocalSGD", "DiLoCo"])
+def test_the_last_figures_stay(algorithm: str) -> None:
+    """What a run prints at its end, behind finish(), is what was measured last."""
+    first, other = run_ranks(figures_at_the_end, 2, one_case(algorithm, 3, steps=7))
+    assert first == other
+    before, *after = first
+    assert all(before.values())
+    assert after == [before] * 4

@@ -9,6 +9,9 @@ import weakref
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import nn
+
+from commhooks.engine.steps.own_model import OwnModelWatch
 from commhooks.engine.vectors.frozen import Unlike, named
 from commhooks.stats import Stats
 
@@ -29,24 +32,51 @@ class _Call(Protocol):
     def failed(self) -> bool: ...
 
 
+# What is asked of who takes this rank's own model for the result.
+_SAVED = (
+    "model.state_dict() was called outside averaged(), which gives this rank's own "
+    "model and not the consensus. To save the result, write on all ranks: with state.averaged(): "
+    "save(model). To save a run that is to go on, call state.state_dict() at the same step, on "
+    "every rank."
+)
+
+
 @dataclass
 class _Open:
-    """Whether the ranks' models differ."""
+    """What is open between two steps.
+
+    Attributes:
+        algorithm: its name.
+        speaks: whether this rank says what all of them find.
+        apart: whether the ranks' models differ, and nothing has made them one for good.
+        inside: whether this is inside ``averaged()``.
+        read: whether this rank's own model was read as if to save it.
+        checkpointed: whether that was for a checkpoint: the state was saved or loaded at this step,
+            or the model loaded.
+    """
 
     algorithm: str
+    speaks: bool
     apart: bool = False
+    inside: bool = False
+    read: bool = False
+    checkpointed: bool = False
 
 
 def _remind(run: _Open, call: _Call) -> None:
     """The state is gone, or the process ends."""
     # Who ends with an error has been told something else already.
-    if run.apart and not call.failed and not hasattr(sys, "last_value"):
-        logger.warning(
-            "commhooks: %s made local steps after the last finish() or averaged(), so that every "
-            "rank ends with a model of its own. Call state.finish() on all ranks before the model "
-            "is saved or used.",
-            run.algorithm,
-        )
+    if not run.apart or call.failed or hasattr(sys, "last_value"):
+        return
+    if run.read and not run.checkpointed and run.speaks:
+        logger.warning("commhooks: %s", _SAVED)
+    logger.warning(
+        "commhooks: %s made local steps after the last finish(), so that every rank ends with a "
+        "model of its own. What was saved inside averaged(), and a checkpoint to go on from, are "
+        "as they should be. If the model is to be used or saved now, call state.finish() on all "
+        "ranks before.",
+        run.algorithm,
+    )
 
 
 class Advice:
@@ -73,20 +103,43 @@ class Advice:
     ) -> None:
         self._adapts = adapts
         self._delay = delay
-        self._speaks = speaks
         self._said: set[str] = set()
         self._exposed = 0.0
         self._late = self._far = 0
-        self._run = _Open(algorithm)
+        self._run = _Open(algorithm, speaks)
+        self._own_model: OwnModelWatch | None = None
         weakref.finalize(owner, _remind, self._run, call)
+
+    def watch(self, module: nn.Module) -> None:
+        """See to it that nobody takes this rank's own ``module`` for the result."""
+        self._own_model = OwnModelWatch(module, self.evaluated, self._read)
+
+    def close(self) -> None:
+        """Look no longer."""
+        if self._own_model is not None:
+            self._own_model.close()
 
     def stepped(self, *, local: bool) -> None:
         """A step was made."""
+        self._between_steps()
         self._run.apart |= local
+        self._look()
+
+    def averaged(self, *, inside: bool) -> None:
+        """The consensus model was put in place, or this rank's own was put back."""
+        self._run.inside = inside
+        self._look()
 
     def together(self) -> None:
-        """The consensus model was put in place."""
-        self._run.apart = False
+        """Every rank goes on from the consensus model, or ends with it."""
+        self._between_steps()
+        self._run.apart = self._run.inside = False
+        self._look()
+
+    def forward(self) -> None:
+        """A forward of the DDP model begins, which calls the module within."""
+        if self._own_model is not None:
+            self._own_model.look(False)
 
     def unlike(self, found: Unlike) -> None:
         """Frozen parameters that were not the same on all ranks, in the consensus model."""
@@ -114,7 +167,7 @@ class Advice:
             self._say(
                 "evaluated",
                 "the model is evaluated outside averaged(), which is this rank's own model and not "
-                "the consensus. Write: with state.averaged(): evaluate(model)",
+                "the consensus. Write, on all ranks: with state.averaged(): evaluate(model)",
             )
 
     def overwritten(self) -> None:
@@ -147,6 +200,24 @@ class Advice:
             "DistributedDataParallel, or on all ranks alike (the same seed, the same checkpoint); "
             "in warm-up call loss.backward() once a forward, and let optimizers step behind it.",
         )
+
+    def checkpointed(self) -> None:
+        """The state was saved or loaded, or the model loaded."""
+        self._run.checkpointed = True
+
+    def _read(self) -> None:
+        """The model's parameters were asked for, or it was copied."""
+        self._run.read |= self._run.apart and not self._run.inside
+
+    def _between_steps(self) -> None:
+        """All that was read at a step has been, and in any order."""
+        if self._run.read and not self._run.checkpointed:
+            self._say("saved", _SAVED)
+        self._run.read = self._run.checkpointed = False
+
+    def _look(self) -> None:
+        if self._own_model is not None:
+            self._own_model.look(self._run.apart and not self._run.inside)
 
     def landed(self, stats: Stats) -> None:
         """A round has landed; ``stats`` are the same on every rank."""
@@ -200,6 +271,6 @@ class Advice:
             )
 
     def _say(self, what: str, text: str) -> None:
-        if what not in self._said and self._speaks:
+        if what not in self._said and self._run.speaks:
             logger.warning("commhooks: %s", text)
         self._said.add(what)

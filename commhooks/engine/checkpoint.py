@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_identity", "check_values"]
 
-FORMAT = 6
+FORMAT = 7
 """Version of the dictionary's layout; a later one that reads differently gets another number.
 
 3 added the parameters' ``shapes``, since not every state keeps vectors to tell another model by; 4
@@ -260,7 +260,7 @@ def _check_findings(part: Mapping[str, Any], m: int, where: str) -> None:
         value = part.get(name)
         if not isinstance(value, float) or not math.isfinite(value) or value < 0:
             _refuse(f"{where}.{name}", "a number from 0", value)
-    for name in ("findings", "newer"):
+    for name in ("findings", "newer", "seen"):
         found = part.get(name)
         wanted = None if found is None else Findings.refusal(found, m)
         if wanted is not None or name not in part:

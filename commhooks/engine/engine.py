@@ -236,6 +236,10 @@ class Engine:
         """Names of the parameters that are averaged."""
         return frozenset(self._names.values())
 
+    def watch(self, module: nn.Module) -> None:
+        """Give advice to who uses this rank's own ``module`` for what it is not."""
+        self._advice.watch(module)
+
     def read_rates_from(self, read: Callable[[], Mapping[int, float]]) -> None:
         """Ask this method for learning rates; whoever has it holds this engine."""
         self._read_rates = weakref.WeakMethod(read)
@@ -301,6 +305,7 @@ class Engine:
         self._proceed()
         if torch.is_grad_enabled() and self._consensus is None and self.writes.found:
             self.parameters_overwritten()
+        self._advice.forward()
         if not (model.training or torch.is_grad_enabled() or self._consensus is not None):
             self._advice.evaluated()
 
@@ -482,7 +487,7 @@ class Engine:
                 self._join(met)
                 met = self._meet(what, hold)
             self._block, self._consensus = block, met
-            self._advice.together()
+            self._advice.averaged(inside=True)
             self._advice.unlike(met.unlike)
 
     def _join(self, ticket: Ticket) -> None:
@@ -515,6 +520,7 @@ class Engine:
             self._reshard()
             self._consensus.leave()
             self._consensus = None
+            self._advice.averaged(inside=False)
 
     def finish(self, what: str, hold: Callable[[], Held]) -> None:
         """Drain, end on the consensus model, and begin anew from it if training goes on.
@@ -542,6 +548,7 @@ class Engine:
 
     def _begin_anew(self, step: int) -> None:
         """Begin anew after ``step``, the last that any rank has made."""
+        self._advice.together()
         self._overwritten = False
         self.writes.settle()
         self._finished_at = self._standing.step = step
@@ -571,6 +578,7 @@ class Engine:
             tell(self.links.everyone.parent, None)
             self.links.close()
             self._gradients.close()
+        self._advice.close()
         for fragment in self._fragments:
             fragment.release()
 
@@ -601,6 +609,7 @@ class Engine:
     def parameters_overwritten(self) -> None:
         """Somebody else than an optimizer is about to write to the parameters."""
         self.writes.settle()
+        self._advice.checkpointed()
         if self._finished_at == self._standing.step:
             self._standing.started = False
         drawn_back = self._rules.overlapped or bool(self._rules.vectors)
@@ -633,6 +642,7 @@ class Engine:
         self.at_boundary()
         self.drain()
         self._meter.settle(wait=True)
+        self._advice.checkpointed()
         return self.saving.state_dict(self._rules)
 
     def check_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -655,6 +665,7 @@ class Engine:
         """
         self.refuse_inside_averaged("load_state_dict()")
         self.drain()
+        self._advice.checkpointed()
         self._overwritten = False
         self.writes.settle()
         return self.saving.load(saved, self._rules)

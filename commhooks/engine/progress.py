@@ -141,7 +141,7 @@ class Progress:
             consensus_distance=math.sqrt(square),
             tau=self._cycle.tau,
             first_loss=self._first_loss,
-            **seen_together(fragment.newest_findings for fragment in self._fragments),
+            **seen_together(fragment.seen for fragment in self._fragments),
         )
 
     def state_dict(self) -> dict[str, Any]:

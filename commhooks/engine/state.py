@@ -349,6 +349,7 @@ class CommHookState(Rules, Joinable):
         self._model_watch = ModelWatch(
             model, self._before_sharded_forward, self._before_load, self._optimizers.close
         )
+        self._engine.watch(model)
 
     def before_first_forward(self, model: nn.Module) -> None:
         """The model that this state is the hook of is about to run (the bare form). Collective."""
@@ -479,6 +480,7 @@ class CommHookState(Rules, Joinable):
         self._model_watch = ModelWatch(
             ddp, self._before_forward, self._before_load, self._optimizers.close
         )
+        self._engine.watch(ddp.module)
         if ddp.forward_sync_buffers and any(True for _ in ddp.module.buffers()):
             logger.info(
                 "commhooks: DDP no longer broadcasts buffers at every forward; averaged() and "

@@ -15,6 +15,7 @@ from commhooks.plan.model import (
     algorithms,
     hiding_delay,
     hiding_tau,
+    parse_count,
     parse_rate,
     predict,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "hiding_tau",
     "learning_rate",
     "main",
+    "parse_count",
     "parse_rate",
     "predict",
 ]

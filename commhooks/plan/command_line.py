@@ -14,10 +14,10 @@ them. With --tau it shows what all algorithms do with this tau.
 measures the network between the ranks that it is started on, and ranks for that. With --step it
 measures the step as well.
 
-The model is the usual one of a ring all-reduce: a message costs a latency and its bytes cost the
-bandwidth. It knows no stragglers, no shared switches and no time to copy; every link sends and
-receives at full speed at once. It leaves out the time that rounding takes, unless --encode-gbs
-says how fast it is.
+The model is the usual one of a ring all-reduce: a message costs a latency, which is its time one
+way, and its bytes cost the bandwidth. It knows no stragglers, no shared switches and no time to
+copy; every link sends and receives at full speed at once. It leaves out the time that rounding
+takes, unless --encode-gbs says how fast it is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dataclasses import replace
 
 from commhooks.plan import table
 from commhooks.plan.measure import Measured, MeasureError, launched, measure
-from commhooks.plan.model import COMPRESSIONS, Network, Work, parse_rate
+from commhooks.plan.model import COMPRESSIONS, Network, Work, parse_count, parse_rate
 from commhooks.plan.ranking import LONGEST, SMALL, choices
 
 __all__ = ["main"]
@@ -64,15 +64,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--params", type=_positive, required=True, help="number of parameters")
+    add("--params", type=_params, required=True, help="number of parameters: 124e6, 350M, 1.3B")
     add("--bytes-per-param", type=_positive, default=4.0, help="4 for fp32")
     add("--step-ms", type=_positive, help="a step without communication, in ms")
     add("--fragments", type=_count, default=4, help="of DiLoCo's streaming form")
     add("--tau", type=_count, nargs="+", help="show all algorithms with this tau, and rank none")
 
     network = parser.add_argument_group("the network").add_argument
-    network("--bandwidth", type=_rate, help="of a machine's link, such as 1gbit")
-    network("--latency-ms", type=float, help="of a message, in ms; default: 0")
+    network("--bandwidth", type=_rate, help="of a machine's link: 1gbit, 100Mbps, 25MB/s")
+    network("--latency-ms", type=float, help="of a message one way, half of a ping; 0")
     network("--ranks", type=_count, help="number of ranks")
     network("--per-node", type=_count, metavar="L", help="ranks of a machine, which share its link")
     network("--island", type=_count, metavar="L", help="the same, and with --tau: one worker")
@@ -169,11 +169,18 @@ def _measured(found: Measured, options: argparse.Namespace) -> str:
     source = "measured" if options.step else "as given"
     return (
         f"{network.ranks} ranks{machines} over {found.backend}: a link carries "
-        f"{network.bandwidth / 1e6:,.4g} Mbit/s, a message takes {network.latency * 1e3:,.3g} ms"
-        f"{inside}.\n"
+        f"{network.bandwidth / 1e6:,.4g} Mbit/s, a message takes {network.latency * 1e3:,.3g} ms "
+        f"one way{inside}.\n"
         f"A round of the whole model takes {round_ms:,.1f} ms, and a step without communication "
         f"{found.step * 1e3:,.1f} ms ({source}).\n"
     )
+
+
+def _params(text: str) -> float:
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _rate(text: str) -> float:

@@ -8,6 +8,7 @@ receives at full speed at once.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "gathering_seconds",
     "hiding_delay",
     "hiding_tau",
+    "parse_count",
     "parse_rate",
     "predict",
 ]
@@ -33,7 +35,11 @@ _HEADERS = 1514 / 1448
 _BUSY = 0.97
 _FIRST_BUCKET_BYTES = 2**20
 _BUCKET_BYTES = 25 * 2**20
-_UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
+_THOUSANDS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+_NUMBER = r"\s*([0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?)\s*"
+_RATE = re.compile(_NUMBER + r"([kmgt]?)(bits?/s|bits?|bps|b/s|bytes?/s)\s*", re.IGNORECASE)
+_COUNT = re.compile(_NUMBER + r"([kmbgt]?)\s*", re.IGNORECASE)
 _FORWARD = 1 / 3
 # A block of 256 numbers in fp32 is 1024 bytes; rounded to integers it has a scale of 4 bytes.
 _SENT = {None: 1.0, "bf16": 512 / 1024, "int8": 260 / 1024, "int4": 132 / 1024}
@@ -49,7 +55,7 @@ class Network:
     Attributes:
         ranks: number of them.
         bandwidth: of a machine's link in each direction, in bit/s.
-        latency: of a message, in seconds.
+        latency: of a message from one rank to another, one way, in seconds.
         island: how many ranks share a machine and its link, and make one worker.
         per_node: how many ranks share a machine and its link, where they are workers by themselves.
         inside: bandwidth between the ranks of a machine, in bit/s.
@@ -296,16 +302,34 @@ def hiding_delay(work: Work, network: Network, fragments: int = 1) -> int:
 
 
 def parse_rate(text: str) -> float:
-    """``"200mbit"`` as bit/s; tc's notation.
+    """``"200mbit"``, ``"200 Mbit/s"``, ``"200Mbps"`` or ``"25MB/s"`` as bit/s.
+
+    A large B means bytes, as in MB/s, except in a word of large letters alone, which may be both.
 
     Raises:
         ValueError: it is no rate.
     """
-    number = text.rstrip("abcdefghijklmnopqrstuvwxyz")
-    unit = text[len(number) :]
-    if unit not in _UNITS:
-        raise ValueError(f"{text!r} is no rate; write 200mbit or 1gbit")
-    return float(number) * _UNITS[unit]
+    found = _RATE.fullmatch(text)
+    if found is None or found[3] == "BPS":
+        raise ValueError(f"{text!r} is no rate; write 200mbit, 200Mbps, 1Gbit/s or 25MB/s")
+    in_bytes = found[3] in ("B/s", "Bps") or found[3].lower().startswith("byte")
+    rate = float(found[1]) * _THOUSANDS[found[2].lower()] * (8 if in_bytes else 1)
+    if rate <= 0:
+        raise ValueError(f"{text!r} is no rate: it is not above 0")
+    return rate
+
+
+def parse_count(text: str) -> float:
+    """``"350M"``, ``"1.3B"`` or ``"124e6"`` as a number.
+
+    Raises:
+        ValueError: it is no number above 0.
+    """
+    found = _COUNT.fullmatch(text)
+    count = float(found[1]) * _COUNTS[found[2].lower()] if found else 0.0
+    if not 0 < count < math.inf:
+        raise ValueError(f"{text!r} is no number above 0; write 124e6, 350M or 1.3B")
+    return count
 
 
 def _exposed_under_backward(work: Work, network: Network) -> float:

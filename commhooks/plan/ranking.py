@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,7 +19,16 @@ from commhooks.plan.model import (
     predict,
 )
 
-__all__ = ["LONGEST", "REASON", "SMALL", "Choice", "choices", "constructor", "learning_rate"]
+__all__ = [
+    "LONGEST",
+    "REASON",
+    "SMALL",
+    "Choice",
+    "choices",
+    "constructor",
+    "learning_rate",
+    "needed_tau",
+]
 
 LONGEST = 128
 """The longest tau that is tried."""
@@ -42,6 +52,7 @@ _LITTLE = 0.05
 _SLACK = 1.2
 # From here on docs/choosing.md recommends DiLoCo, which was made for such a tau.
 _LONG = 50
+_NO_END = 2**40
 
 # In the order in which docs/choosing.md recommends them where the rest is equal: how to make each,
 # and its learning rate, times DDP's.
@@ -129,6 +140,15 @@ def choices(
     ]
     affordable = [choice for choice in found if choice.prediction.memory <= memory]
     return sorted(affordable, key=lambda choice: _rank(choice, small))
+
+
+def needed_tau(choice: Choice) -> int:
+    """The smallest tau that hides the rounds of ``choice``, however long it is."""
+
+    def hides(tau: int) -> bool:
+        return _hides(tau, choice.algorithm, choice.work, choice.network)
+
+    return 1 + bisect_left(range(1, _NO_END), True, key=hides)
 
 
 def constructor(choice: Choice) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from commhooks.plan.model import (
+    COMPRESSIONS,
     Algorithm,
     Network,
     Prediction,
@@ -14,7 +15,15 @@ from commhooks.plan.model import (
     hiding_tau,
     predict,
 )
-from commhooks.plan.ranking import LONGEST, REASON, SMALL, Choice, constructor, learning_rate
+from commhooks.plan.ranking import (
+    LONGEST,
+    REASON,
+    SMALL,
+    Choice,
+    constructor,
+    learning_rate,
+    needed_tau,
+)
 
 __all__ = ["of_fixed_tau", "of_ranking"]
 
@@ -56,7 +65,7 @@ def of_ranking(
     """
     heading = ("algorithm", "rounds", "island", "tau", *_FIGURES)
     table = _columns(heading, [_row(choice) for choice in _shown(ranked, rows)], words=2)
-    return f"{table}\n\n{_UNITS}\n{REASON.format(small=small)}\n\n{_advice(ranked[0], longest)}"
+    return f"{table}\n\n{_UNITS}\n{REASON.format(small=small)}\n\n{_advice(ranked, longest)}"
 
 
 def _predictions(
@@ -93,7 +102,25 @@ def _row(choice: Choice) -> tuple[str, ...]:
     )
 
 
-def _advice(first: Choice, longest: int) -> str:
+def _cut(ranked: Sequence[Choice], longest: int) -> str:
+    """Which longer taus the first choice's algorithm would need with which rounding."""
+    first = ranked[0]
+    needed = {
+        choice.compression or "exact": needed_tau(choice)
+        for choice in sorted(ranked, key=lambda choice: COMPRESSIONS.index(choice.compression))
+        if choice.algorithm == first.algorithm and choice.network == first.network
+    }
+    taus = [f"{tau:,} ({rounds})" for rounds, tau in needed.items() if tau > longest]
+    if not taus or first.algorithm.kind == "step":
+        return ""
+    return (
+        f"No tau above {longest} was tried (--longest-tau). To hide its rounds, "
+        f"{first.algorithm.name} would need {', '.join(taus)}.\n"
+    )
+
+
+def _advice(ranked: Sequence[Choice], longest: int) -> str:
+    first = ranked[0]
     if first.algorithm.kind == "step" and first.hidden:
         return "First choice: plain DDP; there is nothing to gain.\n"
     late = (
@@ -102,7 +129,7 @@ def _advice(first: Choice, longest: int) -> str:
         else f"Nothing is hidden with a tau up to {longest}; the first waits the least.\n"
     )
     return (
-        f"{late}First choice: {constructor(first)}\n"
+        f"{late}{_cut(ranked, longest)}First choice: {constructor(first)}\n"
         f"Learning rate: DDP's times state.lr_factor: {learning_rate(first.algorithm)}.\n"
     )
 

@@ -1,7 +1,9 @@
 """The library's algorithms under the names that the recipes' options use."""
 
 import inspect
+import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,6 +16,8 @@ import commhooks
 import common.without_feedback  # noqa: F401 - an option of the recipes
 from commhooks import CommHookState
 from common.errors import RecipeError
+from common.launch import MARK
+from common.session import is_main_worker
 
 __all__ = [
     "AlgorithmName",
@@ -22,6 +26,7 @@ __all__ = [
     "hyper_parameters",
     "island_size",
     "run_name",
+    "tell_of_rate",
 ]
 
 AlgorithmName = Literal[
@@ -53,6 +58,8 @@ _NO_OPTIONS = ("process_group", "average_buffers")
 _OPTION_NAMES = {"lr": "slow_lr"}
 # The library leaves tau to its user, since it depends on the network; so must a recipe's default.
 _DEFAULT_TAU = 8
+# A learning rate is seldom known more closely; the library says nothing of less, either.
+_NOTABLE_RATE = math.log(1.3)
 # What a run's name says for them: lists of runs show the first 30 letters or so.
 _SHORT_NAMES: dict[str, str] = {
     "all-reduce": "allreduce",
@@ -258,6 +265,26 @@ def build_state(options: AlgorithmOptions) -> CommHookState | None:
     return _STATES[options.algorithm](
         **{names.get(option, option): value for option, value in arguments.items()}
     )
+
+
+def tell_of_rate(state: CommHookState, cure: str) -> None:
+    """Say, on one worker, that DDP's learning rate is not right for this algorithm, if it is not.
+
+    The library would say so at registration, but knows no options. Nothing is said where a program
+    of the recipes, such as demo.py, has chosen the options.
+
+    Args:
+        state: the algorithm, once there is a process group.
+        cure: what to do, in a sentence.
+    """
+    factor = state.lr_factor
+    if MARK in os.environ or not is_main_worker():
+        return
+    if abs(math.log(factor)) > _NOTABLE_RATE:
+        sys.stderr.write(
+            f"{type(state).__name__} wants {factor:.3g} times the learning rate that is right for "
+            f"DDP. {cure}\n"
+        )
 
 
 def _outer(name: OuterName, lr: float, momentum: float) -> partial[Any]:

@@ -1,7 +1,6 @@
 """Where a run is, kept on disk: saved now and then and when asked to stop, and found again."""
 
 import json
-import os
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import tyro
 from accelerate import Accelerator
 
 from commhooks.checkpoints import Checkpoints, verify
+from common.ctrl_c import leave
 from common.errors import RecipeError
 from common.options import require
 
@@ -198,11 +198,7 @@ class _StopRequests:
         self._asked = True
         # A launcher that loses patience sends SIGKILL; a user presses Ctrl-C once more.
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, _leave)
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    os._exit(128 + number)
+            signal.signal(signal.SIGINT, leave)
 
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Start a recipe through ``accelerate launch``, and leave no process behind, whatever happens."""
+"""Start a recipe as recipes/start.py does, and leave no process behind, whatever happens."""
 
 import os
 import signal
@@ -15,13 +15,13 @@ from uuid import uuid4
 
 import psutil  # type: ignore[import-untyped]
 
-__all__ = ["RECIPES", "LaunchError", "launch", "launch_command"]
+__all__ = ["MARK", "RECIPES", "LaunchError", "launch", "launch_command"]
 
 RECIPES = Path(__file__).resolve().parent.parent
 
 # Workers and W&B's service lead sessions of their own, so no process group holds them all. They do
 # inherit the environment, and this variable in it says which launch they belong to.
-_MARK = "COMMHOOKS_LAUNCH"
+MARK = "COMMHOOKS_LAUNCH"
 _GRACE = 10.0
 # What is killed goes at once, unless the machine is busy.
 _DYING = 10.0
@@ -35,16 +35,11 @@ def launch_command(script: Path, arguments: Sequence[str], workers: int) -> list
     """The command that runs ``script`` in ``workers`` processes of this machine."""
     options = {
         "--num_processes": workers,
-        "--num_machines": 1,
-        "--mixed_precision": "no",
-        "--dynamo_backend": "no",
         # A free one, so that launches do not get into each other's way.
         "--main_process_port": 0,
     }
     flags = [str(word) for option in options.items() for word in option]
-    # The name says GPU; on a machine without, this is how Accelerate starts several processes too.
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-    return [*launcher, *flags, str(script), *arguments]
+    return [sys.executable, str(RECIPES / "start.py"), *flags, str(script), *arguments]
 
 
 def launch(
@@ -82,7 +77,7 @@ def launch(
         # More threads than cores slow all of them down; PyTorch would start one a core and worker.
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)),
         **(environment or {}),
-        _MARK: mark,
+        MARK: mark,
     }
     # A file and not a pipe: a process that outlives its launcher would keep a pipe open.
     with tempfile.TemporaryFile("w+", errors="replace") as kept, _terminate_raises(), _reaped(mark):
@@ -153,7 +148,7 @@ def _members(mark: str) -> list[psutil.Process]:
     for process in psutil.process_iter():
         try:
             alive = process.status() != psutil.STATUS_ZOMBIE
-            if alive and process.environ().get(_MARK) == mark:
+            if alive and process.environ().get(MARK) == mark:
                 members.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue

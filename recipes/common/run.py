@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import commhooks.accelerate
 from commhooks import CommHooksError, CommHookState
-from common.algorithms import build_state, island_size
+from common.algorithms import build_state, island_size, tell_of_rate
 from common.checkpointing import Keeper, Stopped
 from common.config import RecipeConfig
 from common.data import ShareOrder, share_loader, test_loader
@@ -150,6 +150,10 @@ class Run(ABC):
         factor = 1.0
         if self.state is not None and self.config.run.scale_lr:
             factor = self.state.lr_factor
+        elif self.state is not None:
+            tell_of_rate(
+                self.state, f"If --lr {self.config.training.lr:g} is that rate, add --scale-lr."
+            )
         scheduler = LambdaLR(optimizer, lambda step: factor * self.learning_rate_factor(step))
         self.model = model if self.sharded else self.accelerator.prepare(model)
         self.optimizer, self.scheduler, self.test_loader = self.accelerator.prepare(
@@ -338,6 +342,9 @@ def conduct(config: RecipeConfig, load: Callable[[], Data], run: type[Run]) -> N
         results = training.to_the_end()
     except Stopped as stopped:
         training.keeper.close()
+        if state is not None:
+            # Nobody uses the model now, but without it the library would say that it was forgotten.
+            state.finish()
         accelerator.end_training()
         if accelerator.is_main_process:
             print(stopped, flush=True)

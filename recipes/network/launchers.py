@@ -7,6 +7,9 @@ from pathlib import Path
 
 __all__ = ["Place", "command_of", "environment_of", "name_of", "places"]
 
+# Takes the options of accelerate launch.
+_START = Path(__file__).resolve().parents[1] / "start.py"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -138,7 +141,8 @@ def _accelerate_options(words: Sequence[str]) -> int | None:
     for at, word in enumerate(words[:-1]):
         if Path(word).name == "accelerate" and words[at + 1] == "launch":
             return at + 2
-        if Path(word).name == "accelerate-launch" or word == "accelerate.commands.launch":
+        accelerate = Path(word).name == "accelerate-launch" or word == "accelerate.commands.launch"
+        if accelerate or Path(word).resolve() == _START:
             return at + 1
     return None
 

@@ -55,7 +55,7 @@ def test_a_command_is_accepted(page: str, line: str) -> None:
         _check_planner(words[words.index("commhooks.plan") + 1 :])
     elif script := next((word for word in words if word.startswith("recipes/")), None):
         assert (ROOT / script).is_file()
-        if name == "accelerate" or "accelerate" in words:
+        if "accelerate" in (name, *words) or "recipes/start.py" in words:
             script = next(word for word in reversed(words) if word.startswith("recipes/"))
             _check_recipe(Path(script).stem, words[words.index(script) + 1 :])
 

@@ -22,6 +22,7 @@ FOREIGN = {
 SELF_EVIDENT = {
     "keep must be",
     "is no rate",
+    "is no number above 0",
     "is not above 0",
     "is not 1 or more",
     "is no function",

@@ -62,6 +62,29 @@ def test_slow_rounding_needs_a_larger_tau(capsys: pytest.CaptureFixture[str]) ->
     assert "tau=9," in printed(f"{words} --encode-gbs 1", capsys)
 
 
+def test_the_usual_spellings(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = printed("--params 350e6 --step-ms 500 --bandwidth 100mbit --ranks 2", capsys)
+    assert printed("--params 350M --step-ms 500 --bandwidth 100Mbps --ranks 2", capsys) == plain
+
+
+def test_what_a_longer_tau_would_hide_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Exact rounds and those in bf16 are cut at the longest tau that is tried, or left out."""
+    words = "--params 350M --step-ms 800 --bandwidth 100Mbps --ranks 2 --latency-ms 20"
+    assert "would need 182 (exact)." in printed(words, capsys)
+    out = printed(f"{words} --longest-tau 64", capsys)
+    assert "would need 182 (exact), 91 (bf16)." in out
+    out = printed(f"{words} --longest-tau 182 --rows 20", capsys)
+    assert "was tried" not in out
+    exact = next(line for line in out.splitlines() if "Overlap" in line and "exact" in line)
+    assert " 182 " in exact
+
+
+def test_the_latency_is_said_to_be_one_way(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        plan.main(["--help"])
+    assert "one way, half of a ping" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
@@ -76,6 +99,7 @@ def test_slow_rounding_needs_a_larger_tau(capsys: pytest.CaptureFixture[str]) ->
         (f"{SMALL} --ranks 8 --per-node 3", "must divide --ranks"),
         (f"{SMALL} --ranks 8 --per-node 4 --island 2", "must be the same number"),
         (f"{SMALL} --bandwidth fast", "is no rate"),
+        (f"{SMALL} --params 1k5", "is no number above 0"),
         ("--measure --params 1e6", "needs one of --step-ms and --step"),
         ("--measure --params 1e6 --step-ms 1 --step a:b", "needs one of --step-ms and --step"),
         ("--measure --params 1e6 --step-ms 1 --ranks 2", "finds out by itself: --ranks"),

@@ -20,6 +20,7 @@ from commhooks.plan import (
     Work,
     hiding_delay,
     hiding_tau,
+    parse_count,
     parse_rate,
     predict,
 )
@@ -160,16 +161,41 @@ def test_latency_is_paid_once_a_message() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "rate"), [("200mbit", 2e8), ("1gbit", 1e9), ("2.5gbit", 2.5e9), ("64kbit", 64e3)]
+    ("text", "rate"),
+    [
+        *[("200mbit", 2e8), ("1gbit", 1e9), ("2.5gbit", 2.5e9), ("64kbit", 64e3), ("1e3bit", 1e3)],
+        *[("100Mbps", 1e8), ("100mbps", 1e8), ("1Gbps", 1e9), ("10 Gbit/s", 1e10)],
+        *[("100Mbit/s", 1e8), ("100 Mbits/s", 1e8), ("100Mb/s", 1e8), ("100MBIT", 1e8)],
+        *[("25MB/s", 2e8), ("25 MByte/s", 2e8), ("25MBps", 2e8), ("1.25GB/s", 1e10)],
+    ],
 )
 def test_rates(text: str, rate: float) -> None:
     assert parse_rate(text) == rate
 
 
-@pytest.mark.parametrize("text", ["fast", "200", "mbit", "200MB"])
+@pytest.mark.parametrize(
+    "text", ["fast", "200", "mbit", "200MB", "1GBPS", "0mbit", "-1mbit", "1.2.3gbit", "infmbit"]
+)
 def test_no_rates(text: str) -> None:
-    with pytest.raises(ValueError, match=r"could not convert|is no rate"):
+    with pytest.raises(ValueError, match="is no rate"):
         parse_rate(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        *[("350M", 350e6), ("1.3B", 1.3e9), ("7b", 7e9), ("64K", 64e3), ("2g", 2e9), ("1T", 1e12)],
+        *[("124e6", 124e6), ("124E6", 124e6), ("11000000", 11e6), ("0.35 B", 350e6)],
+    ],
+)
+def test_counts(text: str, count: float) -> None:
+    assert parse_count(text) == pytest.approx(count)
+
+
+@pytest.mark.parametrize("text", ["many", "0", "-1M", "1k5", "M", "inf", "nan", "1e999"])
+def test_no_counts(text: str) -> None:
+    with pytest.raises(ValueError, match="is no number above 0"):
+        parse_count(text)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)

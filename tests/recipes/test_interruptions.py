@@ -5,8 +5,9 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -191,6 +192,66 @@ def test_asked_to_stop_it_saves_and_leaves(
     runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert len(runs) == 2
     assert len({name.split("-", 3)[-1] for name in runs}) == 1, "another W&B run"
+
+
+def ctrl_c(
+    folder: Path, seconds: float | None, *options: str, within: Sequence[str] = ()
+) -> tuple[int, str]:
+    """The status of a launch that gets Ctrl-C, as a terminal sends it, and what it printed.
+
+    After so many seconds; or with None, once a checkpoint has been saved.
+    """
+    command = [sys.executable, str(RECIPES / "start.py"), str(RECIPES / "vision.py")]
+    arguments = ["--model", "small-cnn", "--epochs", "500", "--wandb", "disabled", *options]
+    printed = folder / "printed"
+    with printed.open("w") as output:
+        process = subprocess.Popen(
+            [*within, *command, *arguments, "--output-dir", str(folder)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + scaled(PATIENCE)
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1 if seconds is None else seconds)
+                if seconds is not None or list(folder.glob("checkpoints/checkpoint-*")):
+                    break
+            os.killpg(process.pid, signal.SIGINT)
+            return process.wait(scaled(PATIENCE)), printed.read_text()
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_ends_quietly(tmp_path: Path) -> None:
+    status, printed = ctrl_c(tmp_path, None, "--checkpoint-every", "20")
+    assert status == 130, printed
+    assert "Traceback" not in printed
+    assert "commhooks:" not in printed
+    assert "stopped after step" in printed.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.5, 4.0, 8.0, 20.0])
+def test_ctrl_c_ends_quietly_at_any_time(tmp_path: Path, seconds: float) -> None:
+    """While the launcher imports, while the workers do, and while they train."""
+    status, printed = ctrl_c(tmp_path, seconds)
+    assert status == 130, printed
+    assert "Traceback" not in printed
+    assert "commhooks:" not in printed
+
+
+@pytest.mark.slow
+def test_ctrl_c_through_a_link(tmp_path: Path) -> None:
+    link = [sys.executable, str(RECIPES / "link.py"), "--"]
+    status, printed = ctrl_c(tmp_path, None, "--checkpoint-every", "20", within=link)
+    assert status == 130, printed
+    assert "Traceback" not in printed
+    assert "stopped after step" in printed
 
 
 @pytest.mark.soak

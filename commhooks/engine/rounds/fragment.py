@@ -51,7 +51,9 @@ class Fragment:
             them; None before the first one.
         squared_distance: of the parameters to what they were last drawn to.
         drifts: one a bucket, which measure how far this worker moves from the others.
-        findings: what the ranks told with the last round that has landed.
+        findings: what the ranks told with the last round that has landed; None where the algorithm
+            has begun anew since.
+        seen: what they told last, for users to look at; nothing is decided by it.
         round_seconds: how long that one was in flight; 0 if there was none.
         shapes: the parameters'.
         device: where they lie, or the first of them.
@@ -86,6 +88,7 @@ class Fragment:
         self.drifts: list[Drift] = []
         self.findings: Findings | None = None
         self._newer: Findings | None = None
+        self.seen: Findings | None = None
         self.round_seconds = 0.0
         self._offered = False
         self._moved_before: float | Tensor = 0.0
@@ -213,6 +216,7 @@ class Fragment:
             "begun": self.schedule.begun,
             "findings": self.findings.state_dict() if self.findings else None,
             "newer": self._newer.state_dict() if self._newer else None,
+            "seen": self.seen.state_dict() if self.seen else None,
             "moved": float(self._moved_before),
             "together": self._together_before,
             "shapes": self.shapes,
@@ -235,7 +239,9 @@ class Fragment:
         schedule = self.schedule
         schedule.launch, schedule.landing = saved["launch"], saved["landing"]
         schedule.begun = saved["begun"]
-        for name, found in (("findings", saved["findings"]), ("_newer", saved["newer"])):
+        known = {"findings": "findings", "_newer": "newer", "seen": "seen"}
+        for name, key in known.items():
+            found = saved[key]
             setattr(self, name, Findings(**found) if found and residuals else None)
         self._moved_before, self._together_before = saved["moved"], saved["together"]
         self._outdate()
@@ -409,7 +415,7 @@ class Fragment:
         """Take note of what the ranks have told with a round that has been waited for."""
         self._offered = True
         self._together_before = finished.together * self._stride
-        self._newer = findings_of(finished.reports, islands, self._together_before)
+        self.seen = self._newer = findings_of(finished.reports, islands, self._together_before)
         self.round_seconds = finished.arrived.seconds_since(finished.launched)
 
     @property

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from commhooks.engine.guards.training_thread import TrainingThread
 from commhooks.engine.steps.reducers import hooks_of_replicate
 
 __all__ = [
+    "Hook",
     "ModelWatch",
     "ParameterCheck",
     "has_hook",
@@ -67,8 +68,8 @@ class ModelWatch:
         # Of the module within, since that one may be loaded, too.
         module = model.module if isinstance(model, DistributedDataParallel) else model
         self._handles: list[RemovableHandle] = [
-            module.register_load_state_dict_pre_hook(_Hook(before_load)),
-            model.register_forward_pre_hook(_Hook(before_forward)),
+            module.register_load_state_dict_pre_hook(Hook(before_load)),
+            model.register_forward_pre_hook(Hook(before_forward)),
         ]
         self._end = weakref.finalize(model, _call, weakref.WeakMethod(gone))
         self._end.atexit = False
@@ -85,11 +86,11 @@ def _call(target: weakref.WeakMethod[Callable[[], None]]) -> None:
         alive()
 
 
-class _Hook:
+class Hook:
     """A module's hook that keeps its target alive no longer than others do.
 
     A copy or a pickle of the module has one in its place that does nothing, and whose pickle loads
-    where this package is not installed: a logger's method for messages that nobody wants.
+    where this package is not installed: a method of Python's own that takes anything.
     """
 
     def __init__(self, target: Callable[..., None]) -> None:
@@ -99,6 +100,7 @@ class _Hook:
         self._call: Callable[..., None] = torch.compiler.disable(self._tell)  # type: ignore[no-untyped-call]
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
+        """Torch calls every kind of hook with the module, and some with more."""
         self._call(module)
 
     def _tell(self, module: nn.Module) -> None:
@@ -111,7 +113,7 @@ class _Hook:
             target()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (logging.getLogger("commhooks.copies"), "debug")
+        return getattr, (nullcontext(), "__exit__")
 
 
 class ParameterCheck:
