@@ -165,7 +165,9 @@ def look_from_callbacks(folder: Path) -> dict[str, list[Tensor]]:
             trainer.save_model(str(folder / "copy"))
             dist.barrier()
             saved = load_file(folder / "copy" / "model.safetensors")
-            seen["saved"].append(flat([saved[name] for name, _ in trainer.model.named_parameters()]))
+            seen["saved"].append(
+                flat([saved[name] for name, _ in trainer.model.named_parameters()])
+            )
 
         def on_epoch_end(self, *_: Any, **__: Any) -> None:
             note("on_epoch_end")
