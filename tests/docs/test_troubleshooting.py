@@ -15,6 +15,7 @@ ANYTHING = "\0"
 FOREIGN = {
     "Connection closed by peer",
     "Connection reset by peer",
+    "Gloo connectFullMesh failed ...",
     "Timed out waiting ...",
 }
 # Mistakes in calls of the checkpoint classes and the planner, whose messages say all there is.
