@@ -106,7 +106,7 @@ def a_folder_an_island(folder: str) -> tuple[list[Tensor], list[Tensor]]:
     path = Path(folder) / f"island-{trainer.mesh['island'].get_local_rank()}"
     group, (optimizer,) = trainer.mesh["shard"].get_group(), trainer.optimizers
     weights, moments = get_state_dict(trainer.model, optimizer)
-    values = {"model": weights, "optimizer": moments}
+    values: dict[str, Any] = {"model": weights, "optimizer": moments}
     save(values, checkpoint_id=path, process_group=group)
     algorithm = copy.deepcopy(trainer.state.state_dict())
     went_on = [trainer.step() for _ in range(5)]
