@@ -33,6 +33,9 @@ class ConsensusMixin:
     (``model_init``), with a new one of the same hyper-parameters, which is then in
     ``comm_state``. The state's counters are logged as ``comm/...`` with everything else.
 
+    Callbacks find the consensus model in ``on_evaluate``, ``on_save`` and ``on_train_end``, and the
+    rank's own in all others.
+
     What Trainer writes as ``checkpoint-N`` holds the consensus model and rank 0's optimizer.
     ``train(resume_from_checkpoint=...)`` therefore starts every rank from the consensus model, and
     the algorithm begins anew. To go on bit for bit, use :func:`commhooks.accelerate.checkpoint`.
@@ -68,6 +71,8 @@ class ConsensusMixin:
             )
         # In front of Trainer's own, so that those find the consensus model at the end of training.
         self.callback_handler.callbacks.insert(0, _Registration(self))
+        self._on_save = self.callback_handler.on_save
+        self.callback_handler.on_save = self._saved
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's, of the consensus model. Collective."""
@@ -90,6 +95,11 @@ class ConsensusMixin:
         if self.comm_state is not None:
             logs = logs | comm_metrics(self.comm_state.stats)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _saved(self, *args: Any, **kwargs: Any) -> Any:
+        # Callbacks copy or upload the model here, and Trainer calls them outside save_model.
+        with self._consensus():
+            return self._on_save(*args, **kwargs)
 
     def _consensus(self) -> AbstractContextManager[None]:
         # Out of training every rank has the consensus model already.

@@ -36,6 +36,7 @@ _LINES = (
     Line("commhooks LocalSGD", "LocalSGD, tau=8", "-.", "s"),
     Line("DDP, PowerSGD", "DDP, PowerSGD", ":", "^"),
     Line("commhooks OverlapLocalSGD, beta=0.7", "OverlapLocalSGD, tau=8", "-", "D", 2.4),
+    Line("commhooks OverlapLocalSGD, int8", "the same, int8", "--", "D", 2.4),
 )
 
 

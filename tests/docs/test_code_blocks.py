@@ -35,7 +35,8 @@ PAGES = sorted(
 )
 
 
-def run_page(name: str) -> int:
+def run_page(name: str, folder: str) -> int:
+    os.chdir(folder)
     blocks = BLOCK.findall((ROOT / name).read_text())
     namespace: dict[str, object] = {"__name__": "page"}
     for number, block in enumerate(blocks, start=1):
@@ -106,9 +107,12 @@ def test_there_are_pages_to_run() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_page_runs(page: str) -> None:
+def test_page_runs(page: str, tmp_path: Path) -> None:
     # Not tidy: the classes and functions of a page keep its model, and so its group, for a while.
-    assert all(blocks > 0 for blocks in run_ranks(run_page, RANKS.get(page, 2), page, tidy=False))
+    assert all(
+        blocks > 0
+        for blocks in run_ranks(run_page, RANKS.get(page, 2), page, str(tmp_path), tidy=False)
+    )
 
 
 LAUNCHED = [

@@ -15,6 +15,7 @@ ANYTHING = "\0"
 FOREIGN = {
     "Connection closed by peer",
     "Connection reset by peer",
+    "Gloo connectFullMesh failed ...",
     "Timed out waiting ...",
     "register_comm_hook or register_builtin_comm_hook can only be called once",
 }

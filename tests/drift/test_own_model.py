@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commhooks
 from tests.cases import one_case
-from tests.drift.test_advice import heard
 from tests.harness import run_ranks
+from tests.heard import heard
 from tests.training import Trainer
 
 X = torch.ones(2, 5)

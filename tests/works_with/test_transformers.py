@@ -150,6 +150,65 @@ def test_it_evaluates_and_saves_the_consensus_model(tmp_path: Path) -> None:
         assert end["logged"] == [2, 4, 6]
 
 
+def look_from_callbacks(folder: Path) -> dict[str, list[Tensor]]:
+    """The weights in each of Trainer's callbacks, with saves and evaluations between two rounds."""
+    ready_for_frameworks()
+    from safetensors.torch import load_file
+    from transformers import TrainerCallback
+
+    seen: dict[str, list[Tensor]] = {"saved": []}
+
+    class Look(TrainerCallback):
+        def on_save(self, *_: Any, **__: Any) -> None:
+            note("on_save")
+            # Blocks may be nested.
+            trainer.save_model(str(folder / "copy"))
+            dist.barrier()
+            saved = load_file(folder / "copy" / "model.safetensors")
+            seen["saved"].append(
+                flat([saved[name] for name, _ in trainer.model.named_parameters()])
+            )
+
+        def on_epoch_end(self, *_: Any, **__: Any) -> None:
+            note("on_epoch_end")
+            with state.averaged():
+                note("averaged() in on_epoch_end")
+
+    def note(event: str) -> None:
+        seen.setdefault(event, []).append(weights(trainer))
+
+    for event in ("on_step_end", "on_log", "on_evaluate", "on_train_end"):
+        setattr(Look, event, lambda *_, event=event, **__: note(event))
+    state = commhooks.LocalSGD(tau=TAU)
+    trainer = build(
+        folder,
+        state,
+        max_steps=-1,
+        num_train_epochs=1,
+        eval_strategy="steps",
+        eval_steps=5,
+        save_strategy="steps",
+        save_steps=3,
+        logging_steps=3,
+        trainer={"callbacks": [Look()]},
+    )
+    trainer.train()
+    return seen
+
+
+def test_callbacks_that_save_find_the_consensus_model(tmp_path: Path) -> None:
+    first, second = run_ranks(look_from_callbacks, 2, tmp_path, tidy=False)
+    for event in ("on_save", "saved", "on_evaluate", "averaged() in on_epoch_end", "on_train_end"):
+        assert first[event]
+        assert all(torch.equal(a, b) for a, b in zip(first[event], second[event], strict=True))
+    for event in ("on_step_end", "on_log", "on_epoch_end"):
+        assert any(not torch.equal(a, b) for a, b in zip(first[event], second[event], strict=True))
+    # After the third step.
+    own = [end["on_step_end"][2] for end in (first, second)]
+    torch.testing.assert_close(first["on_save"][0], mean(own))
+    assert torch.equal(first["on_save"][0], first["saved"][0])
+
+
 def train_twice(folder: Path) -> dict[str, Any]:
     """On the same wrapper; then with a model that Trainer builds, and wraps, at each call."""
     ready_for_frameworks()
