@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from commhooks.engine.network.agreement import tell
 from commhooks.engine.network.communicator import done
 from commhooks.engine.network.islands import Layout
 from commhooks.engine.network.links import Links
+from commhooks.engine.network.others import Others
 from commhooks.engine.network.report import Report
 from commhooks.engine.network.roll_call import RollCall
 from commhooks.engine.network.wires import wire_for
@@ -37,6 +39,7 @@ from commhooks.engine.saving import Saving, Standing
 from commhooks.engine.steps.averaging import StepAverager
 from commhooks.engine.steps.backward import Backwards
 from commhooks.engine.steps.optimizers import OptimizerWatch
+from commhooks.engine.steps.shared_updates import SharedUpdates
 from commhooks.engine.vectors.buckets import build_buckets
 from commhooks.engine.vectors.buffers import Buffer
 from commhooks.engine.vectors.devices import Moment
@@ -160,6 +163,16 @@ class Engine:
             adapts=hides(rules.tau),
             speaks=self.speaks,
         )
+        self.others = Others(layout, speaks=self.speaks)
+
+        def locally() -> bool:
+            engine = alive()
+            # Of a sharded model a step is counted once its optimizers have made it.
+            return engine is not None and (
+                engine._standing.drifted or (engine._sharded and not engine.averages_gradients)
+            )
+
+        self.updates = SharedUpdates(self.others, self.links.everyone, layout, locally)
         self._progress = Progress(
             self._fragments,
             self._cycle,
@@ -461,6 +474,7 @@ class Engine:
             self._reshard()
             self._consensus.leave()
             self._consensus = None
+            self.others.pass_over()
 
     def finish(self, what: str, buffers: Callable[[], Sequence[Buffer]]) -> None:
         """Drain, end on the consensus model, and begin anew from it if training goes on.
@@ -486,6 +500,7 @@ class Engine:
             raise
 
     def _begin_anew(self) -> None:
+        self.others.pass_over()
         self._overwritten = False
         self._finished_at = self._standing.step
         self._standing.origin = max(self._standing.origin, self._standing.step)
@@ -553,7 +568,8 @@ class Engine:
     def stats(self) -> Stats:
         """The counters now."""
         self._gradients.settle()
-        return self._progress.stats(self._standing.step)
+        stats = self._progress.stats(self._standing.step)
+        return replace(stats, foreign_collectives=self.others.counted)
 
     @_outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
@@ -643,6 +659,7 @@ class Engine:
     def _count_step(self, *, local: bool) -> None:
         self._standing.step += 1
         self._progress.stepped(local=local)
+        self.others.stepped(local=local)
         # On every rank at once, whose optimizer may skip the step, since it decides what
         # averaged() sends; and for good, since optimizers keep what they saw of local gradients.
         self._standing.drifted |= local

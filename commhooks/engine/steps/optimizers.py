@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from commhooks.engine.steps.kept_weights import check_optimizer, check_weights
+from commhooks.engine.steps.shared_updates import SharedUpdates
 
 __all__ = ["OptimizerWatch", "owned", "unwrapped"]
 
@@ -30,6 +31,8 @@ _CHECKED_STEPS = 10
 
 class Watched(Protocol):
     """What is told that a boundary can run."""
+
+    updates: SharedUpdates
 
     @property
     def step(self) -> int:
@@ -165,11 +168,15 @@ class OptimizerWatch:
         """An optimizer has stepped, or its step was skipped.
 
         Raises:
-            RegistrationError: it keeps copies of the weights, which would undo every average.
+            RegistrationError: it keeps copies of the weights, which would undo every average; or it
+                shares its updates between workers.
         """
         if not self._is_mine(optimizer):
             return
         self._watched.pass_by()
+        self._watched.updates.after(
+            optimizer, functools.partial(owned, optimizer, self._parameters)
+        )
         seen = self._steps_seen[optimizer] = self._steps_seen.get(optimizer, 0) + 1
         if self._looks_for_copies and seen <= _CHECKED_STEPS:
             check_weights(optimizer, owned(optimizer, self._parameters))
@@ -183,6 +190,9 @@ class OptimizerWatch:
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """An optimizer is about to step."""
+        self._watched.updates.before(
+            optimizer, functools.partial(owned, optimizer, self._parameters)
+        )
         if self._unclaimed:
             self._claim(optimizer)
 

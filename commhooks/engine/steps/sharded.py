@@ -232,6 +232,7 @@ class ShardedWatch(OptimizerWatch):
                 for p, shard in self._shards
             ]
             self._watched.before_update(gradients, closure=closure)
+        super().before_step(optimizer, args, kwargs)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped, or its step was skipped; told once by whoever knows both."""

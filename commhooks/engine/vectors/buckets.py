@@ -189,7 +189,7 @@ class Bucket:
 
     def fingerprint(self) -> Tensor:
         """A number that is the same for tensors of the same bits, as an int64 scalar."""
-        return torch.stack([_fingerprint(real(tensor)) for tensor in self.tensors]).sum()
+        return torch.stack([fingerprint(real(tensor)) for tensor in self.tensors]).sum()
 
     def refresh(self) -> None:
         """Rebuild the views if somebody has moved a tensor (``tensor.data = ...``) since.
@@ -286,7 +286,7 @@ def _build(
     return buckets
 
 
-def _fingerprint(tensor: Tensor) -> Tensor:
+def fingerprint(tensor: Tensor) -> Tensor:
     """The sum of a tensor's numbers, read as integers, as an int64 scalar."""
     width = tensor.element_size()
     # It may wrap around. In int64, torch would first make a copy of all of them that is twice as
