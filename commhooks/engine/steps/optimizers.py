@@ -174,9 +174,7 @@ class OptimizerWatch:
         if not self._is_mine(optimizer):
             return
         self._watched.pass_by()
-        self._watched.updates.after(
-            optimizer, functools.partial(owned, optimizer, self._parameters)
-        )
+        self._watched.updates.after(optimizer, lambda: owned(optimizer, self._parameters))
         seen = self._steps_seen[optimizer] = self._steps_seen.get(optimizer, 0) + 1
         if self._looks_for_copies and seen <= _CHECKED_STEPS:
             check_weights(optimizer, owned(optimizer, self._parameters))
@@ -190,9 +188,7 @@ class OptimizerWatch:
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """An optimizer is about to step."""
-        self._watched.updates.before(
-            optimizer, functools.partial(owned, optimizer, self._parameters)
-        )
+        self._watched.updates.before(optimizer, lambda: owned(optimizer, self._parameters))
         if self._unclaimed:
             self._claim(optimizer)
 
