@@ -128,9 +128,9 @@ class Others:
             yield "SyncBatchNorm in the model"
         if _dispatches():
             yield (
-                "Accelerate reads an IterableDataset on rank 0 and broadcasts every batch: use "
-                "Accelerator(dataloader_config=DataLoaderConfiguration(dispatch_batches=False)), "
-                "with split_batches=True if batch_size is that of all ranks together"
+                "Accelerate reads every batch on rank 0 and broadcasts it, as it does with an "
+                "IterableDataset; set DataLoaderConfiguration(dispatch_batches=False, "
+                "split_batches=...) with split_batches as it is now"
             )
         for module, cause in _KNOWN.items():
             if module in sys.modules:
