@@ -164,15 +164,7 @@ class Engine:
             speaks=self.speaks,
         )
         self.others = Others(layout, speaks=self.speaks)
-
-        def locally() -> bool:
-            engine = alive()
-            # Of a sharded model a step is counted once its optimizers have made it.
-            return engine is not None and (
-                engine._standing.drifted or (engine._sharded and not engine.averages_gradients)
-            )
-
-        self.updates = SharedUpdates(self.others, self.links.everyone, layout, locally)
+        self.updates = SharedUpdates(self, self.others, self.links.everyone, layout)
         self._progress = Progress(
             self._fragments,
             self._cycle,
@@ -218,6 +210,12 @@ class Engine:
     def averages_gradients(self) -> bool:
         """Whether the step under way averages gradients, as plain DDP does."""
         return self.averages_gradients_for_good or self._standing.step < self._standing.origin
+
+    @property
+    def updated_locally(self) -> bool:
+        """Whether an update that was made now was one on local gradients."""
+        # Of a sharded model a step is counted once its optimizers have made it.
+        return self._standing.drifted or (self._sharded and not self.averages_gradients)
 
     @property
     def averages_gradients_for_good(self) -> bool:

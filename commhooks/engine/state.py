@@ -327,7 +327,8 @@ class CommHookState(Rules, Joinable):
             )
         )
         assert self._engine is not None
-        self._model = self._engine.others.model = weakref.ref(model)
+        self._model = weakref.ref(model)
+        self._engine.others.model = self._model
         self._optimizers = ShardedWatch(
             self._engine, list(parameters.values()), unwrapped, scaler=scaler
         )
@@ -444,7 +445,8 @@ class CommHookState(Rules, Joinable):
     ) -> None:
         assert self._engine is not None
         # A strong reference would close a cycle through DDP's reducer, which no collector sees.
-        self._model = self._engine.others.model = weakref.ref(ddp)
+        self._model = weakref.ref(ddp)
+        self._engine.others.model = self._model
         parameters = synchronized_parameters(ddp).values()
         self._optimizers = OptimizerWatch(self._engine, parameters, optimizers, scaler=scaler)
         self._engine.read_rates_from(self._optimizers.rates)

@@ -37,7 +37,7 @@ class ClusterMuon(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -82,7 +82,8 @@ class ReducedMuon(ClusterMuon):
         owner = torch.arange(flat.numel()) * size // flat.numel()
         flat *= owner == rank
         dist.all_reduce(flat)
-        for p, u in zip(self.params(), flat.split([p.numel() for p in self.params()]), strict=True):
+        sizes = [p.numel() for p in self.params()]
+        for p, u in zip(self.params(), torch.split(flat, sizes), strict=True):
             p.sub_(self.param_groups[0]["lr"] * u.view_as(p))
 
 
@@ -204,7 +205,7 @@ class Counted(SGD):
 
 
 def torchs_muon(model: nn.Module) -> list[Optimizer]:
-    return [Muon(matrices(model), lr=0.02), AdamW(vectors(model), lr=0.01)]  # type: ignore[arg-type]
+    return [Muon(matrices(model), lr=0.02), AdamW(vectors(model), lr=0.01)]
 
 
 INNOCENT = {
@@ -250,7 +251,7 @@ def test_gradients_of_zero_are_no_shared_updates() -> None:
 
 
 def inside_an_island() -> tuple[int, list[str]]:
-    group, _ = dist.new_subgroups(2)
+    group, _ = dist.new_subgroups(2)  # type: ignore[no-untyped-call]
     assert group is not None
     case = Case(
         "LocalSGD",

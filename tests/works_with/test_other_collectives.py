@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms import Join
+from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
@@ -218,7 +218,7 @@ def test_states_do_not_take_each_other_for_somebody_else() -> None:
 
 
 def in_islands(aside: list[list[int]]) -> tuple[int, list[str]]:
-    group, _ = dist.new_subgroups_by_enumeration(aside)
+    group, _ = dist.new_subgroups_by_enumeration(aside)  # type: ignore[no-untyped-call]
     assert group is not None
     return trained_with(
         lambda _: dist.all_reduce(torch.ones(1), group=group), {}, {"island": 2}, steps=25
@@ -235,9 +235,8 @@ def test_only_what_joins_islands_is_counted(aside: list[list[int]], counted: int
 
 def averaging() -> list[int]:
     seen = []
-    for algorithm, options in (("AllReduce", {}), ("LocalSGD", {"warmup_steps": STEPS})):
-        arguments = {"tau": TAU} if algorithm == "LocalSGD" else {}
-        trainer = Trainer(Case(algorithm, arguments, **options))
+    for case in (Case("AllReduce"), Case("LocalSGD", {"tau": TAU}, warmup_steps=STEPS)):
+        trainer = Trainer(case)
         with heard() as lines:
             for _ in range(STEPS):
                 trainer.step()

@@ -56,7 +56,7 @@ class Others:
     def started(self) -> int:
         """All collectives so far, the library's on the user's groups included."""
         return sum(
-            group._get_sequence_number_for_group()
+            _number(group)
             for group in tuple(distributed_c10d._world.pg_map)
             if self._is_watched(group)
         )
@@ -70,7 +70,7 @@ class Others:
 
     def _joins_workers(self, group: dist.ProcessGroup) -> bool:
         try:
-            group._get_sequence_number_for_group()
+            _number(group)
         except RuntimeError:
             # A backend that does not count.
             return False
@@ -136,6 +136,12 @@ class Others:
             if module in sys.modules:
                 yield cause
         yield "a loss, a metric or a gradient's norm that is reduced or gathered at every step"
+
+
+def _number(group: dist.ProcessGroup) -> int:
+    """How many collectives of a group have been started."""
+    number: int = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    return number
 
 
 def _dispatches() -> bool:

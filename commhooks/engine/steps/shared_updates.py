@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,13 +28,21 @@ _STEPS = 10
 _SECONDS = 10.0
 
 
+class _Steps(Protocol):
+    @property
+    def averages_gradients(self) -> bool: ...
+    @property
+    def updated_locally(self) -> bool: ...
+
+
 class _Seen(NamedTuple):
     """Of one parameter around a step: its size, and fingerprints of it and of its gradient."""
 
     numel: int
     before: int
     after: int
-    gradient: tuple[int, int]
+    gradient_before: int
+    gradient_after: int
 
 
 class SharedUpdates:
@@ -49,19 +57,19 @@ class SharedUpdates:
     this rank alone.
 
     Args:
+        steps: knows which steps are local.
         others: counts collectives.
         everyone: all ranks that train together.
         layout: which of them make one worker.
-        local: whether the step that an optimizer has just made was one on local gradients.
     """
 
     def __init__(
-        self, others: Others, everyone: Communicator, layout: Layout, local: Callable[[], bool]
+        self, steps: _Steps, others: Others, everyone: Communicator, layout: Layout
     ) -> None:
+        self._steps = weakref.ref(steps)
         self._others = others
         self._everyone = everyone
         self._layout = layout
-        self._local = local
         self._judged: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._begun: weakref.WeakKeyDictionary[Optimizer, tuple[int, list[tuple[int, int]]]] = (
             weakref.WeakKeyDictionary()
@@ -75,7 +83,10 @@ class SharedUpdates:
             optimizer: it.
             parameters: finds those of the model that it updates.
         """
+        steps = self._steps()
         if self._layout.m == 1 or optimizer in self._judged:
+            return
+        if steps is None or steps.averages_gradients:
             return
         # The step that a subclass inherits may be a part of its own, and is announced, too.
         if optimizer not in self._begun:
@@ -88,7 +99,8 @@ class SharedUpdates:
             RegistrationError: on every rank, if it shares updates of parameters with other workers.
         """
         begun = self._begun.pop(optimizer, None)
-        if begun is None or not self._local():
+        steps = self._steps()
+        if begun is None or steps is None or not steps.updated_locally:
             return
         started, before = begun
         if self._others.started() == started:
@@ -100,7 +112,7 @@ class SharedUpdates:
         if len(tensors) != len(before):
             return
         mine = [
-            _Seen(p.numel(), old, new, (old_gradient, new_gradient))
+            _Seen(p.numel(), old, new, old_gradient, new_gradient)
             for p, (old, old_gradient), (new, new_gradient) in zip(
                 tensors, before, _fingerprints(tensors), strict=True
             )
@@ -127,7 +139,7 @@ class SharedUpdates:
             # Not every rank has seen collectives: they are not the optimizer's.
             return False
         seen = {
-            rank: [_Seen(*each[:3], tuple(each[3])) for each in json.loads(text)]
+            rank: [_Seen(*each) for each in json.loads(text)]
             for rank, text in zip(self._everyone.ranks, told, strict=True)
         }
         moved = any(p.before != p.after for of in seen.values() for p in of)
@@ -145,7 +157,10 @@ def _alike(parameter: Sequence[_Seen]) -> int:
     for number, one in enumerate(parameter):
         for other in parameter[number + 1 :]:
             moved = one.before != one.after or other.before != other.after
-            if moved and one.after == other.after and one.gradient != other.gradient:
+            # The gradient of a closure comes after, and that of some optimizers is then reduced.
+            own = (one.gradient_before, one.gradient_after)
+            theirs = (other.gradient_before, other.gradient_after)
+            if moved and one.after == other.after and own != theirs:
                 return one.numel
     return 0
 
