@@ -8,18 +8,28 @@ By itself Lightning validates every rank's own model, and saves that of rank 0.
 
 from __future__ import annotations
 
+import signal
 from contextlib import ExitStack
+from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, Checkpoint, WeightAveraging
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from commhooks.engine.network.communicator import open_communicator
 from commhooks.engine.state import CommHookState
+from commhooks.engine.vectors.devices import HostCopy, side_stream
 from commhooks.errors import RegistrationError
 from commhooks.frameworks import comm_metrics, successor
 
 __all__ = ["Consensus"]
+
+# A worker that is so many batches ahead of another one waits for it. With tau=32 it would, too.
+_ASKED_EVERY = 32
 
 
 class Consensus(Callback):
@@ -36,6 +46,9 @@ class Consensus(Callback):
       What is validated, saved and left at the end is the mean of these averages over the ranks;
       the same holds for what ``StochasticWeightAveraging`` leaves at the end.
     - The state's counters are logged as ``comm/...`` every ``log_every_n_steps``.
+    - A SIGTERM on any rank stops all of them before the same batch, on the consensus model, 32 to
+      64 batches later. By itself Lightning asks for it by a broadcast before every batch, for which
+      all workers wait.
 
     Args:
         state: the state to train with, not registered yet. It is not given to ``DDPStrategy``.
@@ -51,6 +64,7 @@ class Consensus(Callback):
         self._used = False
         self._trains = False
         self._validation = ExitStack()
+        self._signals: _Signals | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work, and take the place behind all other callbacks."""
@@ -85,6 +99,8 @@ class Consensus(Callback):
         # Lightning calls this on every rank and writes what rank 0 has. Callbacks are not asked
         # where weights alone are saved.
         trainer.strategy.lightning_module_state_dict = _Weights(self.state, pl_module)
+        if trainer.world_size > 1:
+            self._signals = _Signals(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Log the state's counters."""
@@ -127,6 +143,9 @@ class Consensus(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End on the consensus model; Lightning throws the DDP wrapper away."""
         if self._trains:
+            if self._signals is not None:
+                # Nothing is in flight then, and the next fit() can have the group.
+                self._signals.answer()
             self._stop(trainer)
             self.state.finish()
             self.state.close()
@@ -134,15 +153,24 @@ class Consensus(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave everything as it is without this callback, on this rank alone."""
+        """Leave everything as it is without this callback, on this rank alone.
+
+        If all ranks are here, for a SIGTERM, what is saved now is the consensus model.
+        """
         if self._trains:
+            together = self._signals is not None and self._signals.stopped
             self._stop(trainer)
+            if together:
+                self.state.finish()
 
     def _stop(self, trainer: Trainer) -> None:
         self._trains = False
         self._validation.close()
         # Of the instance; that of the class comes to light again.
         del trainer.strategy.lightning_module_state_dict
+        if self._signals is not None:
+            self._signals.close()
+            self._signals = None
 
 
 class _Weights:
@@ -158,6 +186,67 @@ class _Weights:
                 name: value.clone() if isinstance(value, Tensor) else value
                 for name, value in self._module.state_dict().items()
             }
+
+
+class _Signals:
+    """Lets a SIGTERM that some rank has received stop all of them before the same batch.
+
+    Lightning broadcasts what rank 0 knows before every batch, and once more from the signal's
+    handler. In place of both, every now and then the ranks start to sum up what they know, and look
+    at the sum when they are as many batches further, where it has long been there.
+
+    Attributes:
+        stopped: whether it has.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.stopped = False
+        self._trainer = trainer
+        self._received = False
+        self._batches = 0
+        self._sum: Tensor | None = None
+        self._arrived: torch.futures.Future[Any] | None = None
+        world = dist.group.WORLD
+        assert world is not None
+        # Of its own, since rounds and the user's collectives may start in between.
+        self._ranks = open_communicator(world, self)
+        # Both of the instance. Lightning has not registered its handlers yet.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._before_batch
+        trainer._signal_connector._sigterm_notifier_fn = self._notice
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        launcher = self._trainer.strategy.launcher
+        if launcher is not None and not self._received:
+            launcher.kill(signal.Signals(number))
+        self._received = True
+
+    def _before_batch(self) -> None:
+        self._batches += 1
+        if self._batches % _ASKED_EVERY:
+            return
+        if self.answer():
+            self.stopped = self._trainer._signal_connector.received_sigterm = True
+            raise SIGTERMException
+        device = self._trainer.strategy.root_device
+        self._sum = torch.tensor([int(self._received)], device=device)
+        self._ranks.idle = False
+        self._arrived = self._ranks.all_reduce(self._sum)
+
+    def answer(self) -> bool:
+        """Whether some rank had received a signal when the ranks last asked."""
+        if self._sum is None or self._arrived is None:
+            return False
+        with side_stream(self._sum.device):
+            self._arrived.wait()
+            answer = HostCopy(self._sum)
+        self._ranks.idle = True
+        return bool(answer.read())
+
+    def close(self) -> None:
+        """Let Lightning ask again. A signal that nobody has heeded yet is Lightning's."""
+        del self._trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor
+        del self._trainer._signal_connector._sigterm_notifier_fn
+        self._trainer._signal_connector.received_sigterm |= self._received
 
 
 def _swappers(trainer: Trainer) -> list[Any]:

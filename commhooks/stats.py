@@ -28,6 +28,12 @@ class Stats:
             they were drawn to it; with islands, over this rank's share. Of a fragment of more than
             65,536 parameters, every k-th is looked at, and the norm estimated from them. 0.0 before
             the first boundary.
+        foreign_collectives: collectives that something else has started, between one local step
+            and the next, on process groups that join workers: the default group, the model's, and
+            every other that is not the library's own. Each of them makes the workers wait for one
+            another, which ``seconds_exposed`` knows nothing of. What was sent up to the end of an
+            ``averaged()`` or a ``finish()``, as by an evaluation, is not counted. Counted since
+            registration; 0 while gradients are averaged.
         tau: steps from one launch of a fragment to its next, now.
         relative_drift: how far the workers were apart at the last launch,
             :math:`\sqrt{\frac{1}{m} \sum_i \|x_i - z\|^2} / \|z\|`, where z is what they
@@ -57,6 +63,7 @@ class Stats:
     seconds_exposed: float = 0.0
     seconds_hidden: float = 0.0
     consensus_distance: float = 0.0
+    foreign_collectives: int = 0
     tau: int = 0
     relative_drift: float = 0.0
     agreement: float = 0.0

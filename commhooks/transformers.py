@@ -9,9 +9,11 @@ By itself Trainer evaluates every rank's own model, and saves that of rank 0.
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import transformers.trainer
 from transformers import Trainer, TrainerCallback
 
 from commhooks.engine.state import CommHookState
@@ -36,6 +38,12 @@ class ConsensusMixin:
     Callbacks find the consensus model in ``on_evaluate``, ``on_save`` and ``on_train_end``, and the
     rank's own in all others.
 
+    By itself Trainer gathers the loss, the count of its operations and the number of tokens
+    from all ranks, for which all of them wait. With a state, other than ``AllReduce``, the loss
+    that is logged is this rank's own, every rank divides by its own number of tokens
+    (``average_tokens_across_devices`` is taken for False), and operations are summed up where a
+    checkpoint is written and at the end.
+
     What Trainer writes as ``checkpoint-N`` holds the consensus model and rank 0's optimizer.
     ``train(resume_from_checkpoint=...)`` therefore starts every rank from the consensus model, and
     the algorithm begins anew. To go on bit for bit, use :func:`commhooks.accelerate.checkpoint`.
@@ -55,12 +63,14 @@ class ConsensusMixin:
     model_wrapped: Any
     optimizer: Any
     is_in_train: bool
+    control: Any
     callback_handler: Any
 
     def __init__(self, *args: Any, comm_state: CommHookState | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.comm_state = comm_state
         self._registered = False
+        self._logs = False
         self._wrapper: Any = None
         if comm_state is None:
             return
@@ -92,6 +102,7 @@ class ConsensusMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As Trainer's, with the state's counters."""
+        self._logs = False
         if self.comm_state is not None:
             logs = logs | comm_metrics(self.comm_state.stats)
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
@@ -100,6 +111,22 @@ class ConsensusMixin:
         # Callbacks copy or upload the model here, and Trainer calls them outside save_model.
         with self._consensus():
             return self._on_save(*args, **kwargs)
+
+    def store_flos(self) -> None:
+        """As Trainer's, but at checkpoints and at the end alone, and not whenever it logs."""
+        if not self._logs:
+            super().store_flos()  # type: ignore[misc]
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, which logs this rank's loss and does not gather those of all."""
+        self._logs = self._local and self.control.should_log
+        with _ungathered() if self._local else nullcontext():
+            super()._maybe_log_save_evaluate(*args, **kwargs)  # type: ignore[misc]
+        self._logs = False
+
+    @property
+    def _local(self) -> bool:
+        return self.comm_state is not None and not self.comm_state.synchronous
 
     def _consensus(self) -> AbstractContextManager[None]:
         # Out of training every rank has the consensus model already.
@@ -115,10 +142,16 @@ class ConsensusMixin:
         if self._registered:
             self.comm_state.close()
             self.comm_state = successor(self.comm_state)
-        if self.args.average_tokens_across_devices:
+        if self._local and self.args.average_tokens_across_devices:
+            logger.info(
+                "commhooks: average_tokens_across_devices=True, Trainer's default, would make all "
+                "ranks wait for each other at every step; it is taken for False."
+            )
+            self.args.average_tokens_across_devices = False
+        if self._local and self.args.include_num_input_tokens_seen != "no":
             logger.warning(
-                "commhooks: average_tokens_across_devices=True, Trainer's default, makes all ranks "
-                "wait for each other at every step; set it to False in TrainingArguments."
+                "commhooks: include_num_input_tokens_seen makes all ranks wait for each other at "
+                'every batch, since Trainer gathers the numbers; set it to "no".'
             )
         self.comm_state.register(self.model_wrapped, self.optimizer)
         self._registered, self._wrapper = True, self.model_wrapped
@@ -130,6 +163,17 @@ class ConsensusMixin:
 
 class ConsensusTrainer(ConsensusMixin, Trainer):
     """Hugging Face's Trainer with :class:`ConsensusMixin`."""
+
+
+@contextmanager
+def _ungathered() -> Iterator[None]:
+    """Let Trainer take this rank's loss for the mean of all; it gathers nothing else by this."""
+    plain = transformers.trainer.nested_gather
+    transformers.trainer.nested_gather = lambda own, *_: own
+    try:
+        yield
+    finally:
+        transformers.trainer.nested_gather = plain
 
 
 class _Registration(TrainerCallback):

@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from commhooks.engine.network.agreement import tell
 from commhooks.engine.network.communicator import done
 from commhooks.engine.network.islands import Layout
 from commhooks.engine.network.links import Links
+from commhooks.engine.network.others import Others
 from commhooks.engine.network.report import Report
 from commhooks.engine.network.roll_call import RollCall
 from commhooks.engine.network.ticket import Point, Ticket
@@ -39,6 +41,7 @@ from commhooks.engine.saving import Saving, Standing
 from commhooks.engine.steps.averaging import StepAverager
 from commhooks.engine.steps.backward import Backwards
 from commhooks.engine.steps.optimizers import OptimizerWatch
+from commhooks.engine.steps.shared_updates import SharedUpdates
 from commhooks.engine.steps.writes import Writes
 from commhooks.engine.vectors.buckets import build_buckets
 from commhooks.engine.vectors.devices import Moment
@@ -168,6 +171,8 @@ class Engine:
             adapts=hides(rules.tau),
             speaks=self.speaks,
         )
+        self.others = Others(layout, speaks=self.speaks)
+        self.updates = SharedUpdates(self, self.others, self.links.everyone, layout)
         self._progress = Progress(
             self._fragments,
             self._cycle,
@@ -213,6 +218,12 @@ class Engine:
     def averages_gradients(self) -> bool:
         """Whether the step under way averages gradients, as plain DDP does."""
         return self.averages_gradients_for_good or self._standing.step < self._standing.origin
+
+    @property
+    def updated_locally(self) -> bool:
+        """Whether an update that was made now was one on local gradients."""
+        # Of a sharded model a step is counted once its optimizers have made it.
+        return self._standing.drifted or (self._sharded and not self.averages_gradients)
 
     @property
     def averages_gradients_for_good(self) -> bool:
@@ -521,6 +532,7 @@ class Engine:
             self._consensus.leave()
             self._consensus = None
             self._advice.averaged(inside=False)
+            self.others.pass_over()
 
     def finish(self, what: str, hold: Callable[[], Held]) -> None:
         """Drain, end on the consensus model, and begin anew from it if training goes on.
@@ -549,6 +561,7 @@ class Engine:
     def _begin_anew(self, step: int) -> None:
         """Begin anew after ``step``, the last that any rank has made."""
         self._advice.together()
+        self.others.pass_over()
         self._overwritten = False
         self.writes.settle()
         self._finished_at = self._standing.step = step
@@ -628,7 +641,8 @@ class Engine:
             self._proceed()
             self._gradients.settle()
             self._meter.settle(wait=True)
-        return self._progress.stats(self._standing.step)
+        stats = self._progress.stats(self._standing.step)
+        return replace(stats, foreign_collectives=self.others.counted)
 
     @_outside_inference_mode
     def state_dict(self) -> dict[str, Any]:
@@ -723,6 +737,7 @@ class Engine:
     def _count_step(self, *, local: bool) -> None:
         self._standing.step += 1
         self._progress.stepped(local=local)
+        self.others.stepped(local=local)
         # On every rank at once, whose optimizer may skip the step, since it decides what
         # averaged() sends; and for good, since optimizers keep what they saw of local gradients.
         self._standing.drifted |= local

@@ -342,6 +342,7 @@ class CommHookState(Rules, Joinable):
         claim(self, parameters)
         assert self._engine is not None
         self._model = weakref.ref(model)
+        self._engine.others.model = self._model
         self._optimizers = ShardedWatch(
             self._engine, list(parameters.values()), unwrapped, scaler=scaler
         )
@@ -471,6 +472,7 @@ class CommHookState(Rules, Joinable):
         assert self._engine is not None
         # A strong reference would close a cycle through DDP's reducer, which no collector sees.
         self._model = weakref.ref(ddp)
+        self._engine.others.model = self._model
         parameters = synchronized_parameters(ddp)
         claim(self, parameters)
         self._optimizers = OptimizerWatch(

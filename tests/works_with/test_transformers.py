@@ -1,6 +1,5 @@
 """Pins ``commhooks.transformers``: Hugging Face's Trainer on a tiny model, over real ranks."""
 
-import logging
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import commhooks
 from commhooks import RegistrationError
 from tests.frameworks import ready_for_frameworks
 from tests.harness import preload, run_ranks
+from tests.heard import heard
 from tests.reference import flat, mean
 from tests.workload import ragged_model, seeded, trained
 
@@ -278,26 +278,111 @@ def test_it_resumes_and_ends_on_the_best_model(tmp_path: Path) -> None:
 
 def with_trainers_defaults(folder: Path) -> tuple[str, str]:
     ready_for_frameworks()
-    records: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("commhooks").addHandler(handler)
-    trainer = build(
-        folder,
-        commhooks.LocalSGD(tau=2),
-        average_tokens_across_devices=True,
-        ddp_find_unused_parameters=True,
-    )
-    trainer.train()
-    with pytest.raises(RegistrationError) as refusal:
-        build(folder, commhooks.LocalSGD(tau=2), auto_find_batch_size=True)
-    plain = build(folder, None)
-    plain.train()
-    return "\n".join(records), str(refusal.value)
+    with heard() as lines:
+        trainer = build(
+            folder,
+            commhooks.LocalSGD(tau=2),
+            ddp_find_unused_parameters=True,
+            include_num_input_tokens_seen="all",
+        )
+        trainer.train()
+        with pytest.raises(RegistrationError) as refusal:
+            build(folder, commhooks.LocalSGD(tau=2), auto_find_batch_size=True)
+        plain = build(folder, None)
+        plain.train()
+    return "\n".join(lines), str(refusal.value)
 
 
 def test_it_warns_of_what_waits_at_every_step(tmp_path: Path) -> None:
     for logged, refusal in run_ranks(with_trainers_defaults, 2, tmp_path, tidy=False):
-        assert "average_tokens_across_devices=True" in logged
+        assert "include_num_input_tokens_seen makes all ranks wait" in logged
         assert "find_unused_parameters=True" in logged
         assert "choose per_device_train_batch_size" in refusal
+
+
+class Counting(Model):
+    """Takes the number of tokens that Trainer counts, as language models do."""
+
+    def forward(self, x: Tensor, labels: Tensor, **loss_kwargs: Any) -> dict[str, Tensor]:
+        y = self.body(x)
+        total = nn.functional.mse_loss(y, labels, reduction="sum")
+        return {"loss": total / loss_kwargs.get("num_items_in_batch", labels.numel()), "logits": y}
+
+
+def logging_every_step(folder: Path, algorithm: str) -> dict[str, Any]:
+    ready_for_frameworks()
+    tau = {} if algorithm == "AllReduce" else {"tau": TAU}
+    state = getattr(commhooks, algorithm)(**tau)
+    losses: list[float] = []
+
+    with heard() as lines:
+        trainer = build(
+            folder,
+            state,
+            logging_steps=1,
+            max_steps=45,
+            save_strategy="steps",
+            save_steps=15,
+            average_tokens_across_devices=True,
+            trainer={"model": Counting()},
+        )
+        step = trainer.training_step
+
+        def noted(*args: Any) -> Tensor:
+            loss: Tensor = step(*args)
+            losses.append(loss.item())
+            return loss
+
+        trainer.training_step = noted
+        trainer.train()
+    history = trainer.state.log_history
+    return {
+        "own": losses,
+        "logged": [entry["loss"] for entry in history if "loss" in entry],
+        "flos": trainer.state.total_flos,
+        "sent": trainer.comm_state.stats.foreign_collectives,
+        "told": [line for line in lines if "outside commhooks" in line],
+    }
+
+
+def test_nobody_waits_where_every_step_is_logged(tmp_path: Path) -> None:
+    """Two checkpoints are written in between, whose barriers count where they are not passed over.
+
+    The sum of all operations is that of a run whose Trainer gathers them at every step.
+    """
+    ends = run_ranks(logging_every_step, 2, tmp_path / "local", "OverlapLocalSGD", tidy=False)
+    plain = run_ranks(logging_every_step, 2, tmp_path / "plain", "AllReduce", tidy=False)
+    for end in ends:
+        assert end["logged"] == pytest.approx(end["own"], rel=1e-5)
+        assert end["sent"] < 10
+        assert end["told"] == []
+        assert end["flos"] == plain[0]["flos"]
+    assert ends[0]["own"] != ends[1]["own"]
+    assert plain[0]["logged"] == plain[1]["logged"]
+
+
+def as_trainer_is(folder: Path) -> list[str]:
+    """A state that a callback registers on a plain Trainer."""
+    ready_for_frameworks()
+    from transformers import Trainer, TrainerCallback
+
+    state = commhooks.OverlapLocalSGD(tau=TAU)
+
+    class Register(TrainerCallback):
+        def on_train_begin(self, *_: Any, **keywords: Any) -> None:
+            state.register(trainer.model_wrapped, trainer.optimizer)
+
+    with heard() as lines:
+        trainer = Trainer(
+            Model(), options(folder, logging_steps=1, max_steps=45), train_dataset=Samples()
+        )
+        trainer.add_callback(Register())
+        trainer.train()
+    state.finish()
+    return [line for line in lines if "outside commhooks" in line]
+
+
+def test_without_the_mixin_trainer_is_named(tmp_path: Path) -> None:
+    (told,), others = run_ranks(as_trainer_is, 2, tmp_path, tidy=False)
+    assert "transformers' Trainer gathers the loss at every logged step" in told
+    assert others == []

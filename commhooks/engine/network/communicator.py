@@ -17,9 +17,12 @@ from torch.distributed import distributed_c10d
 from commhooks.engine.guards.process_exit import closed_at_exit, landing
 from commhooks.engine.network.agreement import by_rank, tell
 
-__all__ = ["Communicator", "done", "named_group", "open_communicator"]
+__all__ = ["PREFIX", "Communicator", "done", "named_group", "open_communicator"]
 
 T = TypeVar("T")
+
+PREFIX = "commhooks-"
+"""What the names of the library's groups begin with."""
 
 
 def done(value: T) -> torch.futures.Future[T]:
@@ -47,13 +50,14 @@ def open_communicator(
     ranks = everyone if ranks is None else list(ranks)
     kept = _kept[parent] = [each for each in _kept.get(parent, ()) if not each.closed]
     free = next((each for each in kept if each.free and each.ranks == ranks), None)
-    told = tell(parent, (free.name if free else None, f"commhooks-{uuid.uuid4().hex}"))
+    told = tell(parent, (free.name if free else None, f"{PREFIX}{uuid.uuid4().hex}"))
     offers = [told[everyone.index(rank)] for rank in ranks]
     # A rank whose garbage collector came later may not have the same one free yet.
     if free is None or len({offered for offered, _ in offers}) > 1:
         free = Communicator(parent, ranks, name=offers[0][1])
         kept.append(free)
     free.owner = weakref.ref(owner)
+    free.owners += 1
     return free
 
 
@@ -79,6 +83,7 @@ class Communicator:
         ranks: global numbers of the group's ranks.
         idle: whether nothing is in flight, so that another state can take the group over.
         owner: whose it is; another can have it once the owner is gone.
+        owners: how many have had it.
     """
 
     def __init__(self, parent: dist.ProcessGroup, ranks: Sequence[int], name: str) -> None:
@@ -89,6 +94,7 @@ class Communicator:
         self.rank = self.ranks.index(dist.get_rank())
         self.idle = True
         self.owner: Callable[[], object | None] = lambda: None
+        self.owners = 0
         self._backend = _backend(parent)
         self._own: weakref.ref[dist.ProcessGroup] | None = None
         if self.size > 1:
@@ -163,12 +169,30 @@ class Communicator:
 
     def read(self, subject: str, ranks: Sequence[int]) -> str:
         """What the ranks with these global numbers have posted, each with its rank."""
+        return by_rank(self._texts(subject, ranks), ranks)
+
+    def told(self, subject: str, text: str, seconds: float) -> list[str] | None:
+        """What every rank has posted on ``subject``, this one ``text``; None if not all have yet.
+
+        Args:
+            subject: used once.
+            text: this rank's word.
+            seconds: how long the others are waited for.
+        """
+        self.post(subject, text)
+        keys = [self._posted(subject, rank) for rank in self.ranks]
+        try:
+            distributed_c10d._get_default_store().wait(keys, timedelta(seconds=seconds))
+        except RuntimeError:
+            return None
+        return self._texts(subject, self.ranks)
+
+    def _texts(self, subject: str, ranks: Sequence[int]) -> list[str]:
         store = distributed_c10d._get_default_store()
-        texts = [store.get(self._posted(subject, rank)).decode() for rank in ranks]
-        return by_rank(texts, ranks)
+        return [store.get(self._posted(subject, rank)).decode() for rank in ranks]
 
     def _posted(self, subject: str, rank: int) -> str:
-        return f"{self.name}/{subject}/{rank}"
+        return f"{self.name}/{self.owners}/{subject}/{rank}"
 
     def _future(self, work: dist.Work, tensor: Tensor) -> torch.futures.Future[Any]:
         future: torch.futures.Future[Any] = work.get_future()

@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
 )
 
 from commhooks.engine.steps.kept_weights import CopySearch, check_optimizer
+from commhooks.engine.steps.shared_updates import SharedUpdates
 from commhooks.engine.steps.writes import Writes
 
 __all__ = ["OptimizerWatch", "owned", "unwrapped"]
@@ -28,6 +29,8 @@ logger = logging.getLogger("commhooks")
 
 class Watched(Protocol):
     """What is told that a boundary can run."""
+
+    updates: SharedUpdates
 
     @property
     def step(self) -> int:
@@ -177,11 +180,13 @@ class OptimizerWatch:
         """An optimizer has stepped, or its step was skipped.
 
         Raises:
-            RegistrationError: it keeps copies of the weights, which would undo every average.
+            RegistrationError: it keeps copies of the weights, which would undo every average; or it
+                shares its updates between workers.
         """
         if not self._is_mine(optimizer):
             return
         self._watched.pass_by()
+        self._watched.updates.after(optimizer, lambda: owned(optimizer, self._parameters))
         self._copies.after_step(optimizer)
         if self._stepped_in != self._watched.step:
             # Steps made for an earlier backward do not count for this one.
@@ -230,6 +235,7 @@ class OptimizerWatch:
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """An optimizer is about to step."""
+        self._watched.updates.before(optimizer, lambda: owned(optimizer, self._parameters))
         if self._unclaimed:
             self._claim(optimizer)
         if self._looks_for_copies and self._copies.goes_on(optimizer):

@@ -233,6 +233,7 @@ class ShardedWatch(OptimizerWatch):
                 for p, shard in self._shards
             ]
             self._watched.before_update(gradients, closure=closure)
+        super().before_step(optimizer, args, kwargs)
 
     def updated(self, optimizer: Optimizer) -> None:
         """An optimizer has updated its parameters, which is what counts."""
