@@ -11,7 +11,6 @@ from torch.profiler import record_function
 
 from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.meter import Meter
-from commhooks.engine.network.agreement import tell
 from commhooks.engine.network.communicator import Communicator
 from commhooks.engine.network.links import Links
 from commhooks.engine.network.roll_call import RollCall
@@ -63,7 +62,7 @@ def enter(
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must be told
         refusal = refusal or f"{type(error).__name__}: {error}"
     if not call(what, refusal, probes, digest(mine)):
-        consensus.take_buffers(_common(mine, links.everyone, call), call.device)
+        consensus.take_buffers(_common(what, mine, links.everyone, call), call.device)
     began = Moment(call.device)
     links.busy()
     try:
@@ -85,13 +84,15 @@ def enter(
     return consensus
 
 
-def _common(mine: Sequence[Buffer], communicator: Communicator, call: RollCall) -> list[Buffer]:
+def _common(
+    what: str, mine: Sequence[Buffer], communicator: Communicator, call: RollCall
+) -> list[Buffer]:
     """The buffers that all ranks have alike. Collective.
 
     Raises:
         RoundError: some differ that cannot be passed over.
     """
-    everyone = tell(communicator.parent, {buffer.name: buffer.describe() for buffer in mine})
+    everyone = call.tell(what, {buffer.name: buffer.describe() for buffer in mine})
     alike, problems = common(everyone, communicator.ranks)
     if problems:
         raise call.error(

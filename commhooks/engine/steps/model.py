@@ -13,6 +13,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from commhooks.engine.network.waiting import watch
+
 __all__ = ["ModelWatch", "ParameterCheck", "unwrap_ddp", "when_forwarded"]
 
 
@@ -162,6 +164,8 @@ def _look(module: nn.Module, args: Any) -> None:
     ddp = unwrap_ddp(module)
     if ddp is None:
         return
+    # Another rank may wait in register() for this one, which trains without.
+    watch()
     for _, state in getattr(ddp, "_comm_hooks", ()):
         # A copy of a DDP model has a list of hooks, but no reducer that would call them.
         if state in _waiting and _has_hook(ddp):
