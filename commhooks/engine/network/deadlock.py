@@ -1,8 +1,8 @@
 """Which ranks wait for one another, from what each of them says: a rule without a network.
 
-A rank that waits for a collective goes on when all ranks that the collective needs have begun it. If
-one of these waits too, and so on round a circle, then nobody in it ever goes on, however slow the
-network is. A rank that computes is in no circle.
+A rank that waits for a collective goes on when all ranks that the collective needs have begun it.
+If one of these waits too, and so on round a circle, then nobody in it ever goes on, however slow
+the network is. A rank that computes is in no circle.
 
 [Note: snapshots] Ranks are looked at one after the other, and a circle is certain all the same. Say
 that some rank in it went on after it was looked at, and take the first that did. It went on because
@@ -19,7 +19,16 @@ __all__ = ["Awaited", "Standing", "explained", "missing", "stuck"]
 
 # Collectives that gloo never pairs with one another.
 _KINDS = frozenset(
-    ("all_gather", "all_reduce", "all_to_all", "barrier", "broadcast", "gather", "reduce", "scatter")
+    (
+        "all_gather",
+        "all_reduce",
+        "all_to_all",
+        "barrier",
+        "broadcast",
+        "gather",
+        "reduce",
+        "scatter",
+    )
 )
 
 
@@ -94,7 +103,8 @@ def _strayed(awaited: Awaited, standings: Mapping[int, Standing]) -> list[int]:
         for rank in awaited.ranks
         if rank in standings
         and awaited.kind in _KINDS
-        and standings[rank].kinds.get(awaited.group, {}).get(awaited.number) in _KINDS - {awaited.kind}
+        and standings[rank].kinds.get(awaited.group, {}).get(awaited.number)
+        in _KINDS - {awaited.kind}
     ]
 
 

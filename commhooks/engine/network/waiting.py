@@ -3,8 +3,8 @@
 A rank that waits for ranks that never come would do so until the timeout of the group, of half an
 hour by default, and learn nothing of the others. So a thread of each process looks at the store
 that the processes have found each other through. Once some rank has waited for seconds, all of them
-write there where they are, and those that wait read it. The thread answers for a rank that stands in
-a collective of its user's own.
+write there where they are, and those that wait read it. The thread answers for a rank that stands
+in a collective of its user's own.
 
 A wait ends in an error only where it is certain that it would never end otherwise, see
 :mod:`commhooks.engine.network.deadlock`.
@@ -49,7 +49,8 @@ class _Wait:
     """A wait of the training thread for other ranks.
 
     Attributes:
-        verdict: why it will never end, once that is known.
+        verdict: why it will never end well, once that is known.
+        over: whether the others know it, too.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class _Wait:
         self.next_look = self.began + _PATIENCE_S
         self.worried = False
         self.verdict: str | None = None
+        self.over = False
 
 
 # The one of each thread that waits.
@@ -95,21 +97,25 @@ def until(
     del group
     _waits.append(wait)
     try:
-        while not landed.wait(_BEAT_S):
-            if wait.verdict is not None:
-                raise RuntimeError(wait.verdict)
+        while not landed.wait(_BEAT_S) and not wait.over:
+            pass
+        # Also where it has landed, since another rank has left that was told before.
+        if wait.verdict is not None:
+            raise RuntimeError(wait.verdict)
     finally:
         _waits.remove(wait)
 
 
 def watch() -> None:
-    """Watch over this process, whose training thread calls this, until its groups are destroyed."""
+    """Watch over this process until its groups are destroyed.
+
+    The thread that calls this first is taken for the one that trains.
+    """
     global _watch
     world = dist.group.WORLD
     if world is None or world.size() == 1:
         return
     if _watch is not None and _watch.of(world):
-        _watch.training = threading.get_ident()
         return
     store = distributed_c10d._get_default_store()
     inner = store
@@ -123,8 +129,9 @@ def watch() -> None:
 class _Watch:
     """Answers for this process when some rank has waited for long, and judges its own waits.
 
-    The keys in the store have the number of the alarm that they belong to. Those that are there when
-    the watch begins are of another run (torchrun's restarts keep the store), and are passed over.
+    The keys in the store have the number of the alarm that they belong to. Those that are there
+    when the watch begins are of another run (torchrun's restarts keep the store), and are passed
+    over.
 
     Args:
         world: the default group.
@@ -140,6 +147,7 @@ class _Watch:
         self._alarm = 0
         # The wait that this rank had at the alarm.
         self._wait: _Wait | None = None
+        self._answered = 0.0
         self._standings: dict[int, Standing] = {}
         self._said = ""
         self._rest = Rest()
@@ -168,8 +176,8 @@ class _Watch:
                     self._rest.look(self.training)
                     self._poll()
                     polled = time.monotonic()
-        except RuntimeError as error:
-            # The process that has the store is gone, and this one will notice by itself.
+        except Exception as error:  # noqa: BLE001 - training goes on without
+            # Such as where the process that has the store is gone.
             logger.debug("commhooks: the watch over waits has ended: %s", error)
         finally:
             del self._store
@@ -184,10 +192,12 @@ class _Watch:
             self._alarm += 1
             self._answer(wait)
         if self._rank in self._standings:
-            self._hear()
+            silent = self._hear()
             waiting = stuck(self._standings)
             if self._rank in waiting:
-                self._conclude(waiting)
+                # A rank that is slow to answer is to be named, too.
+                if not silent or time.monotonic() - self._answered >= 3 * _POLL_S:
+                    self._conclude(waiting)
             elif self._store.check([self._key("verdict", self._alarm)]):
                 said = json.loads(self._store.get(self._key("verdict", self._alarm)))
                 if self._rank in said["ranks"]:
@@ -209,20 +219,32 @@ class _Watch:
             # It has gone on while it was looked at.
             standing = Standing(standing.place)
         self._wait = wait
+        self._answered = time.monotonic()
         self._standings = {self._rank: standing}
         self._store.set(self._key("standing", self._alarm, self._rank), _packed(standing))
         # Everybody has read that one, or reads this one.
         self._store.delete_key(self._key("standing", self._alarm - 2, self._rank))
 
-    def _hear(self) -> None:
-        """Read what the ranks say that this one waits for, and those that they wait for."""
+    def _hear(self) -> set[int]:
+        """Read what the ranks say that this one waits for, and those that they wait for.
+
+        Returns:
+            Those that have not said anything yet.
+        """
+        silent: set[int] = set()
+        while asked := self._awaited() - self._standings.keys() - silent:
+            for rank in asked:
+                key = self._key("standing", self._alarm, rank)
+                if self._store.check([key]):
+                    self._standings[rank] = _unpacked(self._store.get(key))
+                else:
+                    silent.add(rank)
+        return silent
+
+    def _awaited(self) -> set[int]:
+        """The ranks that somebody waits for."""
         awaited = [each.awaited for each in self._standings.values() if each.awaited is not None]
-        for rank in {rank for each in awaited for rank in each.ranks} - self._standings.keys():
-            key = self._key("standing", self._alarm, rank)
-            if self._store.check([key]):
-                self._standings[rank] = _unpacked(self._store.get(key))
-                self._hear()
-                return
+        return {rank for each in awaited for rank in each.ranks}
 
     def _conclude(self, waiting: dict[int, list[int]]) -> None:
         """This rank will never go on."""
@@ -231,17 +253,22 @@ class _Watch:
         self._store.set(
             self._key("verdict", self._alarm), json.dumps({"ranks": concerned, "text": text})
         )
+        if self._wait is None:
+            self._say(text)
+        else:
+            self._wait.verdict = text
         self._store.set(self._key("told", self._alarm, self._rank), "")
         others = [self._key("told", self._alarm, rank) for rank in waiting]
-        deadline = time.monotonic() + _FAREWELL_S
-        while not self._store.check(others) and time.monotonic() < deadline:
+        began = time.monotonic()
+        # Those that wait for these ranks, and are not waited for, find out in the meantime.
+        while (waited := time.monotonic() - began) < 2 * _POLL_S or (
+            waited < _FAREWELL_S and not self._store.check(others)
+        ):
             if self._ended.wait(_BEAT_S):
                 return
         self._standings = {}
         if self._wait is not None:
-            self._wait.verdict = text
-        else:
-            self._say(text)
+            self._wait.over = True
 
     def _say(self, text: str) -> None:
         """Log it where nothing can be raised, in torch's code, which ends as the others leave."""
@@ -260,7 +287,7 @@ class _Watch:
         silent = [rank for rank in wait.ranks if rank not in self._standings]
         late = missing(standing.awaited, self._standings) if standing.awaited else []
         where = [f"rank {rank}, which is {self._standings[rank].place}" for rank in late]
-        where += [f"rank {rank}, which has no state that is registered" for rank in silent]
+        where += [f"rank {rank}, which has registered no state so far" for rank in silent]
         if where:
             logger.warning(
                 "commhooks: rank %d is %s and has waited for %.0f seconds for %s. It goes on as "

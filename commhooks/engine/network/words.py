@@ -14,7 +14,7 @@ _GLOO = re.compile(
 )
 
 _REASONS = {
-    r"Connection (?:closed|reset) by peer|Broken pipe|Connection refused|[Ss]ocket closed|SO_ERROR": (
+    "Connection (?:closed|reset) by peer|Connection refused|Broken pipe|Socket closed": (
         "another rank has left: its process has ended or crashed, or the network is cut. Its own "
         "log says why"
     ),
