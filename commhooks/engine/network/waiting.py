@@ -93,7 +93,7 @@ def until(
         landed.wait()
         return
     ranks = tuple(dist.get_process_group_ranks(group))
-    wait = _Wait(distributed_c10d._world.pg_names[group], number, ranks, words)
+    wait = _Wait(distributed_c10d._world.pg_names.get(group, ""), number, ranks, words)
     del group
     _waits.append(wait)
     try:

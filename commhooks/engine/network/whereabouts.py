@@ -54,6 +54,9 @@ class Rest:
 
     def look(self, thread: int) -> None:
         """Look at the thread, from another one."""
+        # Some systems cannot tell, and none may be asked of a thread that has ended.
+        if not hasattr(time, "pthread_getcpuclockid") or thread not in sys._current_frames():
+            return
         now, used = time.monotonic(), time.clock_gettime(time.pthread_getcpuclockid(thread))
         if used - self._used > _NOTHING_S:
             self._busy_at, self._used = now, used

@@ -136,6 +136,8 @@ def when_forwarded(state: _Registers) -> None:
     forwards of all modules finds the model; it is taken away as soon as no state waits for its own.
     """
     global _handle
+    # Another rank may wait in register() for this one, which never calls it.
+    watch()
     _waiting.add(state)
     if _handle is None:
         _handle = register_module_forward_pre_hook(_look)
@@ -164,7 +166,7 @@ def _look(module: nn.Module, args: Any) -> None:
     ddp = unwrap_ddp(module)
     if ddp is None:
         return
-    # Another rank may wait in register() for this one, which trains without.
+    # The state may have been built before there was a process group.
     watch()
     for _, state in getattr(ddp, "_comm_hooks", ()):
         # A copy of a DDP model has a list of hooks, but no reducer that would call them.
