@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import commhooks
 from commhooks.engine.network import waiting
@@ -120,13 +121,12 @@ def deadlocked_over_tcp() -> None:
     """Rank 0 has the store, and its process ends at the error."""
     in_a_hurry()
     rank = dist.get_rank()
-    port = [0]
-    if rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
-        port = [store.port]
+    held = (
+        TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False) if rank == 0 else None
+    )
+    port = [held.port if held is not None else 0]
     dist.broadcast_object_list(port)
-    if rank == 1:
-        store = dist.TCPStore("127.0.0.1", port[0], 2)
+    store = held or TCPStore("127.0.0.1", port[0], 2)
     dist.destroy_process_group()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     trainer = Trainer(LOCAL)

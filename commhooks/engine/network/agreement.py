@@ -36,7 +36,7 @@ def tell(group: dist.ProcessGroup, mine: T) -> list[T]:
         return [mine]
     watch()
     device = torch.device(distributed_c10d._get_object_coll_device(group))
-    packed, length = distributed_c10d._object_to_tensor(mine, device, group)
+    packed, length = distributed_c10d._object_to_tensor(mine, device, group)  # type: ignore[no-untyped-call]
     try:
         lengths = [int(each) for each in _gathered(group, length)]
         rows = _gathered(group, packed.resize_(max(lengths)))
@@ -45,7 +45,7 @@ def tell(group: dist.ProcessGroup, mine: T) -> list[T]:
             f"The ranks could not tell one another what they do: {plain(str(error))}"
         ) from error
     return [
-        distributed_c10d._tensor_to_object(row, each, group)
+        distributed_c10d._tensor_to_object(row, each, group)  # type: ignore[no-untyped-call]
         for row, each in zip(rows, lengths, strict=True)
     ]
 

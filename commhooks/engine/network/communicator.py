@@ -18,6 +18,7 @@ from torch.distributed import distributed_c10d
 from commhooks.engine.guards.process_exit import closed_at_exit, landing
 from commhooks.engine.network.agreement import tell
 from commhooks.engine.network.waiting import until
+from commhooks.engine.network.whereabouts import operations
 from commhooks.engine.network.words import plain
 from commhooks.errors import RegistrationError
 
@@ -174,7 +175,7 @@ class Communicator:
         """How many collectives this rank has begun here; 0 where nobody counts."""
         if self._own is None or self._backend != "gloo":
             return 0
-        return _alive(self._own)._get_sequence_number_for_group()
+        return operations(_alive(self._own))
 
     def meet(self, landed: threading.Event, number: int, words: str) -> None:
         """Wait until all ranks have come to this collective, see :func:`~.waiting.until`."""

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+from torch.distributed import FileStore, PrefixStore, Store, TCPStore, distributed_c10d  # type: ignore[attr-defined]
 
 from commhooks.engine.network.deadlock import Awaited, Standing, explained, missing, stuck
 from commhooks.engine.network.whereabouts import Rest, look
@@ -119,10 +119,10 @@ def watch() -> None:
         return
     store = distributed_c10d._get_default_store()
     inner = store
-    while isinstance(inner, dist.PrefixStore):
+    while isinstance(inner, PrefixStore):
         inner = inner.underlying_store
     # Others cannot be cloned, or are of one process alone.
-    if isinstance(inner, dist.TCPStore | dist.FileStore):
+    if isinstance(inner, TCPStore | FileStore):
         _watch = _Watch(world, store.clone())
 
 
@@ -138,7 +138,7 @@ class _Watch:
         store: a client of its own; one that waits blocks all who share it.
     """
 
-    def __init__(self, world: dist.ProcessGroup, store: dist.Store) -> None:
+    def __init__(self, world: dist.ProcessGroup, store: Store) -> None:
         self._world = weakref.ref(world)
         self.training = threading.get_ident()
         self._rank = world.rank()

@@ -18,7 +18,7 @@ from torch.distributed import distributed_c10d
 
 from commhooks.engine.network.deadlock import Awaited, Standing
 
-__all__ = ["Rest", "look"]
+__all__ = ["Rest", "look", "operations"]
 
 # Of these every rank waits for all others, so that nobody has left one that somebody is still in.
 _OF_ALL = frozenset(("all_gather", "all_reduce", "all_to_all", "barrier"))
@@ -84,7 +84,7 @@ def look(
     """
     entries = _entries()
     begun = {
-        name: own._get_sequence_number_for_group()
+        str(name): operations(own)
         for own, name in list(distributed_c10d._world.pg_names.items())
         if _is_gloo(own)
     }
@@ -170,7 +170,7 @@ def _backwards_wait(
 ) -> Awaited | None:
     """The all-reduce of a plain DDP model that an idle backward waits for, in C++."""
     code = frames[0].f_code if frames else None
-    if code is None or code.co_name != "_engine_run_backward" or torch.cuda.is_initialized():
+    if code is None or code.co_name != "_engine_run_backward" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return None
     mine = [each for each in entries if each["thread_id"] == str(thread) and not each["is_p2p"]]
     if not mine or mine[-1]["retired"] or _kind(mine[-1]) != "all_reduce":
@@ -187,7 +187,8 @@ def _backwards_wait(
 
 
 def _entries() -> list[dict[str, Any]]:
-    dumped = _distributed_c10d._dump_fr_trace_json(includeCollectives=True, onlyActive=False)
+    dump = _distributed_c10d._dump_fr_trace_json  # type: ignore[attr-defined]
+    dumped = dump(includeCollectives=True, onlyActive=False)
     entries: list[dict[str, Any]] = json.loads(dumped).get("entries", [])
     return entries
 
@@ -217,6 +218,12 @@ def _another_communicates(entries: list[dict[str, Any]], thread: int) -> bool:
         if each.ident != thread and not isinstance(each, threading._DummyThread)
     }
     return any(entry["thread_id"] in others for entry in entries)
+
+
+def operations(group: dist.ProcessGroup) -> int:
+    """How many operations this rank has begun on a group of gloo."""
+    number: int = group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+    return number
 
 
 def _is_gloo(group: dist.ProcessGroup) -> bool:
