@@ -71,6 +71,12 @@ class _Wait:
 _waits: list[_Wait] = []
 
 
+def _newest() -> _Wait | None:
+    """The wait that this process is in."""
+    waits = tuple(_waits)
+    return waits[-1] if waits else None
+
+
 def until(
     landed: threading.Event,
     group: dist.ProcessGroup | None,
@@ -123,7 +129,7 @@ def watch() -> None:
         inner = inner.underlying_store
     # Others cannot be cloned, or are of one process alone.
     if isinstance(inner, TCPStore | FileStore):
-        _watch = _Watch(world, store.clone())
+        _watch = _Watch(world, store.clone())  # type: ignore[attr-defined]
 
 
 class _Watch:
@@ -183,7 +189,7 @@ class _Watch:
             del self._store
 
     def _poll(self) -> None:
-        wait = _waits[-1] if _waits else None
+        wait = _newest()
         now = time.monotonic()
         if wait is not None and now >= wait.next_look:
             wait.next_look = now + min(now - wait.began, _RARELY_S)
@@ -215,7 +221,7 @@ class _Watch:
             standing = look(self.training, None, None, None, (), idle=idle)
         else:
             standing = look(self.training, wait.words, wait.group, wait.number, wait.ranks)
-        if (_waits[-1] if _waits else None) is not wait:
+        if _newest() is not wait:
             # It has gone on while it was looked at.
             standing = Standing(standing.place)
         self._wait = wait
