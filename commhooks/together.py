@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from commhooks.engine.network.agreement import by_rank, tell
-from commhooks.errors import CheckpointError, RoundError
+from commhooks.errors import CheckpointError, RegistrationError, RoundError
 
 __all__ = ["by_rank", "described", "gathered", "together"]
 
@@ -22,9 +22,15 @@ def gathered(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
         value: this rank's; it is pickled.
         group: the ranks; None means all, or this process alone where ``torch.distributed`` is not
             initialised.
+
+    Raises:
+        CheckpointError: a rank has left, or the ranks wait for one another.
     """
     world = group or dist.group.WORLD if dist.is_initialized() else None
-    return [value] if world is None else tell(world, value)
+    try:
+        return [value] if world is None else tell(world, value)
+    except RegistrationError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def together(

@@ -20,7 +20,6 @@ from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.guards.refused_backward import after_backward, raise_after_backward
 from commhooks.engine.guards.training_thread import TrainingThread
 from commhooks.engine.meter import Meter
-from commhooks.engine.network.agreement import tell
 from commhooks.engine.network.communicator import done
 from commhooks.engine.network.islands import Layout
 from commhooks.engine.network.links import Links
@@ -577,7 +576,10 @@ class Engine:
         """Average gradients from the next step on, after :meth:`finish`, and keep no vectors."""
         self._standing.disabled = True
         self._standing.started = False
-        self._gradients.open()
+        try:
+            self._gradients.open()
+        except RuntimeError as error:
+            self._call.fail(f"disable(): {error}")
         for fragment in self._fragments:
             fragment.release()
 
@@ -588,7 +590,7 @@ class Engine:
             self.drain()
             self._call("close()")
             # No rank may take down what another still reads from.
-            tell(self.links.everyone.parent, None)
+            self._call.tell("close()", None)
             self.links.close()
             self._gradients.close()
         self._advice.close()

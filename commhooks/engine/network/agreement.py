@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
 
+from commhooks.engine.guards.process_exit import landing
+from commhooks.engine.network.waiting import until, watch
+from commhooks.engine.network.words import plain
 from commhooks.errors import RegistrationError
 
-__all__ = ["agree", "by_rank", "compare", "described", "reasons", "tell"]
+__all__ = ["agree", "by_rank", "compare", "described", "tell"]
 
 T = TypeVar("T")
 
@@ -18,10 +25,39 @@ _SHOWN = 5
 
 
 def tell(group: dist.ProcessGroup, mine: T) -> list[T]:
-    """Every rank's value, in the order of the group. Collective; blocks."""
-    everyone = [mine] * dist.get_world_size(group)
-    if len(everyone) > 1:
-        dist.all_gather_object(everyone, mine, group=group)
+    """Every rank's value, in the order of the group. Collective; blocks.
+
+    As ``dist.all_gather_object``, whose wait for ranks that never come has no end.
+
+    Raises:
+        RegistrationError: a rank has left, or the ranks wait for one another.
+    """
+    if dist.get_world_size(group) == 1:
+        return [mine]
+    watch()
+    device = torch.device(distributed_c10d._get_object_coll_device(group))
+    packed, length = distributed_c10d._object_to_tensor(mine, device, group)  # type: ignore[no-untyped-call]
+    try:
+        lengths = [int(each) for each in _gathered(group, length)]
+        rows = _gathered(group, packed.resize_(max(lengths)))
+    except RuntimeError as error:
+        raise RegistrationError(
+            f"The ranks could not tell one another what they do: {plain(str(error))}"
+        ) from error
+    return [
+        distributed_c10d._tensor_to_object(row, each, group)  # type: ignore[no-untyped-call]
+        for row, each in zip(rows, lengths, strict=True)
+    ]
+
+
+def _gathered(group: dist.ProcessGroup, mine: Tensor) -> list[Tensor]:
+    """Every rank's tensor, all of one shape. Collective; blocks."""
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    work = dist.all_gather(everyone, mine, group=group, async_op=True)
+    landed = threading.Event()
+    work.get_future().then(landing(lambda _: landed.set()))
+    until(landed, group)
+    work.wait()
     return everyone
 
 
@@ -29,11 +65,6 @@ def by_rank(reasons: Sequence[str | None], ranks: Sequence[int] | None = None) -
     """What went wrong, each reason with its rank: 0, 1, ... if ``ranks`` does not say."""
     numbers = range(len(reasons)) if ranks is None else ranks
     return "; ".join(f"rank {n}: {why}" for n, why in zip(numbers, reasons, strict=True) if why)
-
-
-def reasons(group: dist.ProcessGroup, mine: str | None) -> str:
-    """Why some ranks cannot go on, rank by rank. Collective; blocks."""
-    return by_rank(tell(group, mine), dist.get_process_group_ranks(group))
 
 
 def agree(

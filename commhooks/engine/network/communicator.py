@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,10 @@ from torch.distributed import distributed_c10d
 
 from commhooks.engine.guards.process_exit import closed_at_exit, landing
 from commhooks.engine.network.agreement import by_rank, tell
+from commhooks.engine.network.waiting import until
+from commhooks.engine.network.whereabouts import operations
+from commhooks.engine.network.words import plain
+from commhooks.errors import RegistrationError
 
 __all__ = ["PREFIX", "Communicator", "done", "named_group", "open_communicator"]
 
@@ -45,6 +50,9 @@ def open_communicator(
         owner: whose it is.
         ranks: the ranks that this one belongs to, by their global numbers, of several sets that
             share out the parent's; None for all of them.
+
+    Raises:
+        RegistrationError: a rank has left, or the ranks wait for one another.
     """
     everyone = dist.get_process_group_ranks(parent)
     ranks = everyone if ranks is None else list(ranks)
@@ -54,7 +62,12 @@ def open_communicator(
     offers = [told[everyone.index(rank)] for rank in ranks]
     # A rank whose garbage collector came later may not have the same one free yet.
     if free is None or len({offered for offered, _ in offers}) > 1:
-        free = Communicator(parent, ranks, name=offers[0][1])
+        try:
+            free = Communicator(parent, ranks, name=offers[0][1])
+        except RuntimeError as error:
+            raise RegistrationError(
+                f"The ranks could not make a process group: {plain(str(error))}"
+            ) from error
         kept.append(free)
     free.owner = weakref.ref(owner)
     free.owners += 1
@@ -162,6 +175,17 @@ class Communicator:
     def tell(self, mine: T) -> list[T]:
         """Every rank's value, in the order of the ranks. Blocks."""
         return [mine] if self._own is None else tell(_alive(self._own), mine)
+
+    @property
+    def begun(self) -> int:
+        """How many collectives this rank has begun here; 0 where nobody counts."""
+        if self._own is None or self._backend != "gloo":
+            return 0
+        return operations(_alive(self._own))
+
+    def meet(self, landed: threading.Event, number: int, words: str) -> None:
+        """Wait until all ranks have come to this collective, see :func:`~.waiting.until`."""
+        until(landed, self._own() if self._own is not None and number else None, number, words)
 
     def post(self, subject: str, text: str) -> None:
         """Leave word for the other ranks, who read it once they know that it is there."""

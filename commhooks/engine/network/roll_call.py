@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 
 from commhooks.engine.meter import Meter
-from commhooks.engine.network.agreement import reasons
+from commhooks.engine.network.agreement import by_rank, tell
 from commhooks.engine.network.links import Links
 from commhooks.engine.network.ticket import Point, Ticket
+from commhooks.engine.network.words import plain
 from commhooks.engine.vectors.devices import Moment
 from commhooks.errors import RoundError
 
 __all__ = ["RollCall"]
+
+T = TypeVar("T")
 
 
 class RollCall:
@@ -77,7 +80,7 @@ class RollCall:
         """An error of the last round, or of the one with that number."""
         number = self._meter.rounds_launched if number is None else number
         ranks = tuple(self._links.everyone.ranks)
-        return RoundError(self._algorithm, number, self._step(), ranks, cause, passing)
+        return RoundError(self._algorithm, number, self._step(), ranks, plain(cause), passing)
 
     def note_failure(self, cause: str, number: int | None = None) -> None:
         """From now on there is only this error; what is in flight may never arrive."""
@@ -113,6 +116,17 @@ class RollCall:
         self.note_failure_in_island(cause, number)
         self._tell_island()
         raise self.failure()
+
+    def tell(self, what: str, mine: T) -> list[T]:
+        """Every rank's value, in the order of the ranks. Collective; blocks.
+
+        Raises:
+            RoundError: a rank has left, or the ranks wait for one another.
+        """
+        try:
+            return tell(self._links.everyone.parent, mine)
+        except RuntimeError as error:
+            self.fail(f"{what}: {error}")
 
     def _tell_island(self) -> None:
         """A rank of the island may be in a step that waits for this one, or get there first."""
@@ -173,5 +187,5 @@ class RollCall:
                 everyone.post(f"round {verdict.round}", refusal)
             self.fail(everyone.read(f"round {verdict.round}", verdict.refused))
         if verdict.refused:
-            raise self.error(reasons(everyone.parent, refusal), passing=True)
+            raise self.error(by_rank(self.tell(what, refusal), everyone.ranks), passing=True)
         return ticket

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,8 @@ class Ticket:
         report: Report = _SILENT,
     ) -> None:
         self._ranks = communicator.ranks
+        self._communicator, self._words = communicator, str(point)
+        self._landed = threading.Event()
         mine = (_KINDS.index(point.what), point.step, point.number, 0, refused, 0)
         # One column a rank and zeros in the others', so that the sum is everybody's row.
         rows = len(mine) + COLUMNS
@@ -134,11 +137,15 @@ class Ticket:
             self._slots[5, communicator.rank] = (~finite).double()
         self._copy: HostCopy | None = None
         self._future = communicator.all_reduce(self._slots).then(landing(self._fetch))
+        self._number = communicator.begun
 
     def _fetch(self, reduced: torch.futures.Future[Any]) -> Tensor:
         """Runs when the all-reduce ends, on its own stream where there are streams."""
-        reduced.value()
-        self._copy = HostCopy(self._slots)
+        try:
+            reduced.value()
+            self._copy = HostCopy(self._slots)
+        finally:
+            self._landed.set()
         return self._slots
 
     @property
@@ -150,8 +157,10 @@ class Ticket:
         """What the ranks say.
 
         Raises:
-            RuntimeError: the ticket itself did not get through.
+            RuntimeError: the ticket itself did not get through, or never will since ranks wait for
+                one another.
         """
+        self._communicator.meet(self._landed, self._number, self._words)
         self._future.wait()
         assert self._copy is not None
         kinds, steps, numbers, digests, refused, broken, *reports = self._copy.read().tolist()

@@ -11,7 +11,6 @@ from torch.profiler import record_function
 
 from commhooks.engine.guards.interrupts import uninterrupted
 from commhooks.engine.meter import Meter
-from commhooks.engine.network.agreement import tell
 from commhooks.engine.network.communicator import Communicator
 from commhooks.engine.network.links import Links
 from commhooks.engine.network.roll_call import RollCall
@@ -83,7 +82,7 @@ def enter(
         return ticket
     consensus.step = verdict.step
     if not verdict.alike:
-        alike, consensus.unlike, apart = _common(mine, bits, links, call)
+        alike, consensus.unlike, apart = _common(what, mine, bits, links, call)
         try:
             if apart and not drifted:
                 consensus.take_parameters(buckets)
@@ -118,7 +117,7 @@ def enter(
 
 
 def _common(
-    mine: Held, bits: int | None, links: Links, call: RollCall
+    what: str, mine: Held, bits: int | None, links: Links, call: RollCall
 ) -> tuple[Held, Unlike, bool]:
     """What all ranks have alike, but for its numbers. Collective.
 
@@ -133,7 +132,7 @@ def _common(
     described = tuple(
         {each.name: each.describe() for each in some} for some in (mine.buffers, mine.frozen)
     )
-    told = tell(everyone.parent, (*described, bits))
+    told = call.tell(what, (*described, bits))
     buffers, frozen, bits_of = zip(*told, strict=True)
     alike, problems = common(buffers, everyone.ranks)
     if problems:

@@ -209,7 +209,11 @@ class Sharing:
 
     def _refuse(self, refusal: str | None) -> NoReturn:
         """Some rank has a refusal, and every one says what it is."""
-        self._fail(by_rank(self._island.tell(refusal), self._island.ranks))
+        try:
+            cause = by_rank(self._island.tell(refusal), self._island.ranks)
+        except RuntimeError as error:
+            cause = str(error)
+        self._fail(cause)
 
     def _start(self, fragment: Fragment) -> Gathering:
         """Start gathering what lies in the common vectors, unless that is under way."""

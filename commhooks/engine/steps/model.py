@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from commhooks.engine.guards.training_thread import TrainingThread
+from commhooks.engine.network.waiting import watch
 from commhooks.engine.steps.reducers import hooks_of_replicate
 
 __all__ = [
@@ -171,6 +172,8 @@ def when_forwarded(state: _Registers) -> None:
     forwards of all modules finds the model; it is taken away as soon as no state waits for its own.
     """
     global _handle
+    # Another rank may wait in register() for this one, which never calls it.
+    watch()
     _waiting[state] = TrainingThread()
     if _handle is None:
         _handle = register_module_forward_pre_hook(_look)
@@ -205,6 +208,8 @@ def _look(module: nn.Module, args: Any) -> None:
         hooked = {id(state) for _, state in getattr(ddp, "_comm_hooks", ())}
     if not hooked:
         return
+    # The state may have been built before there was a process group.
+    watch()
     for state, thread in list(_waiting.items()):
         # A copy of a DDP model has a list of hooks, but no reducer that would call them.
         if id(state) not in hooked or (ddp is not None and not has_hook(ddp)):
