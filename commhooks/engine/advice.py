@@ -176,10 +176,9 @@ class Advice:
             "overwritten",
             "the model's parameters were loaded or written to in the middle of a run, and "
             f"{self._run.algorithm} still draws them to where they were before. After "
-            "model.load_state_dict call state.load_state_dict to go on from a checkpoint; else "
-            "call state.finish() on all ranks, to begin anew from what was written. (What a loop "
-            "does to the weights after every step, such as clipping, belongs into a post-hook of "
-            "the optimizer, registered before the state, so that it comes before the boundary.)",
+            "model.load_state_dict call state.load_state_dict to go on from a checkpoint. For all "
+            "else call state.finish() on all ranks, right before or after the parameters are "
+            "written, so that the algorithm begins anew from them.",
         )
 
     def apart(self) -> None:

@@ -199,6 +199,10 @@ class Engine:
         self._shadows = False
         self._finished_at = self._finish_cut_short_at = -1
         self._overwritten = False
+        self._written_at = -2
+        # Whether the next local step is the first after finish() or a checkpoint, at which a rank
+        # may have other parameters than its vectors; and whether this one has.
+        self._resumes = self._rewritten = False
         self._gradients_averaged_for = -1
 
     @property
@@ -296,7 +300,7 @@ class Engine:
                     if self._standing.started and not averaging:
                         sharing.gather(self._rules, agreed)
                 self._count_step(local=not averaging)
-                if not averaging and not self._standing.started:
+                if not averaging and (self._resumes or not self._standing.started):
                     # Behind the backward, which needs the parameters as they are; and no later,
                     # since what comes next may be an optimizer already in its step, whose closure
                     # this backward is part of.
@@ -313,8 +317,8 @@ class Engine:
     def before_forward(self, model: nn.Module) -> None:
         """The model is about to run, on the thread that trains."""
         self._proceed()
-        if torch.is_grad_enabled() and self._consensus is None and self.writes.found:
-            self.parameters_overwritten()
+        if torch.is_grad_enabled():
+            self.look_for_writes()
         self._advice.forward()
         if not (model.training or torch.is_grad_enabled() or self._consensus is not None):
             self._advice.evaluated()
@@ -348,7 +352,7 @@ class Engine:
         self.refuse_inside_averaged("optimizer.step()")
         self._call.raise_if_failed()
         if not self.averages_gradients:
-            if not self._standing.started:
+            if self._resumes or not self._standing.started:
                 self._start_together()
             return
         if self._gradients_averaged_for == self._standing.step:
@@ -571,6 +575,7 @@ class Engine:
         if self._standing.started:
             # Here, where all ranks have the same parameters: an optimizer may still have to step.
             self._start()
+            self._resumes = True
 
     def disable(self) -> None:
         """Average gradients from the next step on, after :meth:`finish`, and keep no vectors."""
@@ -621,14 +626,26 @@ class Engine:
                 "close() was called while every rank has a model of its own; call finish() first."
             )
 
+    def look_for_writes(self) -> None:
+        """Take note of what somebody else than an optimizer has written to the parameters."""
+        if self._consensus is not None or not self.writes.found:
+            return
+        step = self._standing.step
+        if self._written_at == step - 1:
+            # A part of the loop, such as clipping, that goes on at every step.
+            self.writes.belong_to_steps()
+            self._overwritten = False
+        else:
+            self.parameters_overwritten()
+        self._written_at = step
+
     def parameters_overwritten(self) -> None:
-        """Somebody else than an optimizer is about to write to the parameters."""
+        """Somebody else than an optimizer writes to the parameters."""
         self.writes.settle()
         self._advice.checkpointed()
-        if self._finished_at == self._standing.step:
-            self._standing.started = False
+        self._rewritten = self._finished_at == self._standing.step
         drawn_back = self._rules.overlapped or bool(self._rules.vectors)
-        self._overwritten = self._standing.started and drawn_back
+        self._overwritten = self._standing.started and drawn_back and not self._rewritten
 
     def updated_unseen(self) -> None:
         """An optimizer has made a step that this engine knows nothing of."""
@@ -655,11 +672,12 @@ class Engine:
             RoundError: a round failed.
         """
         self.refuse_inside_averaged("state_dict()")
+        self.look_for_writes()
         self.at_boundary()
         self.drain()
         self._meter.settle(wait=True)
         self._advice.checkpointed()
-        return self.saving.state_dict(self._rules)
+        return self.saving.state_dict(self._rules, begins_anew=self._rewritten)
 
     def check_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Refuse what :meth:`load_state_dict` could not go on from.
@@ -682,7 +700,8 @@ class Engine:
         self.refuse_inside_averaged("load_state_dict()")
         self.drain()
         self._advice.checkpointed()
-        self._overwritten = False
+        self._overwritten = self._rewritten = False
+        self._resumes = True
         self.writes.settle()
         return self.saving.load(saved, self._rules)
 
@@ -695,7 +714,7 @@ class Engine:
         return rules
 
     def _start_together(self) -> None:
-        """Start with the same parameters on all workers. Collective.
+        """Start with the same parameters on all workers, unless all have started. Collective.
 
         DDP has seen to that at its construction, but they may have been written to since, or
         updated from gradients that were not averaged; nobody has for sharded models. An anchor that
@@ -707,12 +726,15 @@ class Engine:
         """
         if self._sharing is not None:
             self._sharing.follow(self._fragments)
+        anew, apart = self._rewritten or not self._standing.started, False
         everyone = self.links.everyone
         if everyone.size > 1:
             self._call("the first local step")
-            mine = sum(int(fragment.fingerprint) for fragment in self._fragments)
+            bits = sum(int(fragment.fingerprint) for fragment in self._fragments)
             try:
-                apart = self.links.peers_differ(everyone.tell(mine))
+                starts, bits_of = zip(*everyone.tell((anew, bits)), strict=True)
+                anew = any(starts)
+                apart = anew and self.links.peers_differ(bits_of)
                 if apart and not self._sharded:
                     self._advice.no_common_start()
                     for fragment in self._fragments:
@@ -726,7 +748,9 @@ class Engine:
                     "the islands begin the local steps with different parameters. Give every "
                     "island the same ones before: the same seed, or the same checkpoint."
                 )
-        self._start()
+        self._resumes = self._rewritten = False
+        if anew:
+            self._start()
 
     def _start(self) -> None:
         for fragment in self._fragments:
@@ -735,6 +759,7 @@ class Engine:
                 # What `start` has left in the vectors is the first result to land.
                 fragment.schedule.landing = fragment.schedule.launch
         self._standing.started = True
+        self._resumes = self._rewritten = False
 
     def _count_step(self, *, local: bool) -> None:
         self._standing.step += 1
@@ -747,7 +772,7 @@ class Engine:
     def _launch(
         self, fragment: Fragment, step: int, *, mix_first: bool, joined: Ticket | None = None
     ) -> None:
-        if self._overwritten:
+        if self._overwritten and self._written_at < self._standing.step - 1:
             self._overwritten = False
             self._advice.overwritten()
         number = self._meter.rounds_launched + 1

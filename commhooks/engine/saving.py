@@ -86,10 +86,16 @@ class Saving:
         mine = self.identity
         return all(saved.get(name) == mine[name] for name in ("world_size", "island_size"))
 
-    def state_dict(self, rules: Rules) -> dict[str, Any]:
-        """Counters and vectors; nothing may be in flight."""
+    def state_dict(self, rules: Rules, *, begins_anew: bool) -> dict[str, Any]:
+        """Counters and vectors; nothing may be in flight.
+
+        Args:
+            rules: the algorithm.
+            begins_anew: whether the vectors mean nothing, since the parameters are other ones now.
+        """
         standing = asdict(self._standing)
-        vectors = _saved_vectors(rules) if self._standing.started else None
+        standing["started"] &= not begins_anew
+        vectors = _saved_vectors(rules) if standing["started"] else None
         return {
             "schedule": {name: standing[name] for name in _STEPS},
             "cycle": self._cycle.state_dict(),

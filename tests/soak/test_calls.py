@@ -5,6 +5,7 @@ the same collective calls; what is a rank's own (a skipped step, a checkpoint) d
 """
 
 import contextlib
+import copy
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import commhooks
 from tests.cases import PERIODIC, Case, with_tau
@@ -23,6 +24,7 @@ from tests.expected import assert_close, reference_workers
 from tests.harness import run_ranks
 from tests.reference import AllReduce
 from tests.training import Form, Trainer
+from tests.unseen.together import gap
 from tests.workload import (
     Backward,
     InItsOwnDtype,
@@ -39,6 +41,7 @@ CALLS = (
     *("step", "skip", "averaged", "nested", "refused", "train_inside"),
     *("save", "load", "finish", "disable", "evaluate", "raise"),
     *("averaged_before", "averaged_between", "save_before", "save_between", "evaluate_between"),
+    *("unseen", "write", "scatter", "uneven"),
 )
 Calls = Sequence[str]
 
@@ -126,6 +129,11 @@ class Model(Trainer):
         self.disabled = False
         self.reference = reference_workers(game.case, dist.get_world_size())
         self.rounds = 0
+        # Whether the anchors begin in the next local step, where all ranks are given one start:
+        # since there are none yet, or since the parameters were written to after finish().
+        self.begins = True
+        self.rewritten = False
+        self.finished_at = -1
 
     def play(self, call: str) -> None:
         getattr(self, f"on_{call}")()
@@ -142,6 +150,7 @@ class Model(Trainer):
         self.steps += 1
         self.backward()
         self.reference.backward(self.case.backward)
+        self.begin()
         skips = (self.rank, self.steps) in self.overflows
         if skips and self.scaler is not None:
             for p in self.model.parameters():  # every optimizer looks at its own alone
@@ -164,6 +173,75 @@ class Model(Trainer):
             self.rounds += self.case.rounds(k) - self.case.rounds(k - 1)
         if self.overflows and self.skips_unseen:
             self.state.state_dict()
+
+    def begin(self) -> None:
+        """The first local step: all ranks go on from the parameters of the first one."""
+        if (self.begins or self.rewritten) and not self.averages_gradients(self.steps):
+            self.reference._assign([self.reference.x[0]] * dist.get_world_size())
+            self.reference._start()
+            self.begins = self.rewritten = False
+
+    # What no hook tells of.
+
+    def on_unseen(self) -> None:
+        """An update by gradients that came past DDP: no step, and no average."""
+        # Of a copy: DDP would take a backward through the module for that of a forward before.
+        twin = copy.deepcopy(self.model.module)
+        self.case.backward(twin, self.rank, self.steps + 1)
+        for p, its in zip(self.model.parameters(), twin.parameters(), strict=True):
+            p.grad = its.grad
+        self.optimize()
+        for rank in range(dist.get_world_size()):
+            self.update_reference(rank)
+
+    def update_reference(self, rank: int) -> None:
+        model = self.reference.models[rank]
+        model.zero_grad()
+        self.case.backward(model, rank, self.steps + 1)
+        for optimizer in self.reference.optimizers[rank]:
+            optimizer.step()
+
+    @torch.no_grad()
+    def on_write(self) -> None:
+        """All ranks write to their weights alike."""
+        for p in self.model.parameters():
+            p.mul_(0.5)
+        self.reference._assign([x * 0.5 for x in self.reference.x])
+        self.rewritten |= self.finished_at == self.steps
+
+    def on_scatter(self) -> None:
+        """Each rank writes something of its own, where all had one model."""
+        if self.averages_gradients(self.steps + 1):
+            return
+        self.on_finish()
+        with torch.no_grad():
+            for p in self.model.parameters():
+                p.mul_(1 + 0.1 * self.rank)
+        self.reference._assign([x * (1 + 0.1 * rank) for rank, x in enumerate(self.reference.x)])
+        self.rewritten = True
+        self.on_step()
+
+    def on_uneven(self) -> None:
+        """One rank makes a step more than the others, and they meet all the same."""
+        # DDP agrees on its buckets in one of the first forwards, for which it needs all ranks.
+        if self.averages_gradients(self.steps + 1) or self.steps < 4 or self.begins:
+            return
+        self.on_finish()
+        ahead = dist.get_world_size() - 1
+        self.update_reference(ahead)
+        if self.rank == ahead:
+            super().step()
+            self.steps -= 1
+        for _ in range(2):
+            with self.state.averaged():
+                assert gap(_real(self.x)) == 0.0
+        self.state.finish()
+        assert gap(_real(self.x)) == 0.0
+        self.steps += 1
+        self.reference.steps = self.reference.started_at = self.finished_at = self.steps
+        self.reference._assign([self.x] * dist.get_world_size())
+        self.reference._start()
+        self.rounds = self.state.stats.rounds_launched
 
     def averages_gradients(self, step: int) -> bool:
         return self.disabled or step <= self.case.warmup_steps
@@ -203,8 +281,8 @@ class Model(Trainer):
         self.on_save()
 
     def on_disable(self) -> None:
+        self.on_finish()
         self.state.disable()
-        self.reference.finish()
         self.reference.algorithm = AllReduce()
         self.disabled = True
 
@@ -233,6 +311,8 @@ class Model(Trainer):
     def on_finish(self) -> None:
         self.state.finish()
         self.reference.finish()
+        self.rewritten = False
+        self.finished_at = self.steps
 
     def on_evaluate(self) -> None:
         if self.rank == 0:
@@ -247,6 +327,10 @@ class Model(Trainer):
     def on_refused(self) -> None:
         with self.state.averaged(), pytest.raises(commhooks.RegistrationError):
             self.state.finish()
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def play(games: Sequence[Game]) -> None:

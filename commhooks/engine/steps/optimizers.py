@@ -51,6 +51,9 @@ class Watched(Protocol):
     def writes(self) -> Writes:
         """Who writes to the parameters."""
 
+    def look_for_writes(self) -> None:
+        """An optimizer is about to update the model; whatever has been written was not by it."""
+
     def updated_unseen(self) -> None:
         """An optimizer has updated the model, and no backward was counted for it."""
 
@@ -235,6 +238,7 @@ class OptimizerWatch:
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """An optimizer is about to step."""
+        self._watched.look_for_writes()
         self._watched.updates.before(optimizer, lambda: owned(optimizer, self._parameters))
         if self._unclaimed:
             self._claim(optimizer)

@@ -42,10 +42,10 @@ class Writes:
         self.settle()
 
     def belong_to_steps(self) -> None:
-        """A backward ends: what was written since its forward is a part of the step.
+        """If something is found now, it is a part of every step, and not to be found any more.
 
-        Some layers write to their weights in the forward, and some optimizers in the backward. They
-        go on doing so, until behind the backward, and so nothing is to be found any more.
+        Some layers write to their weights in the forward, some optimizers in the backward and for a
+        while behind it, and some loops clip the weights after every step.
         """
         self._in_steps |= self.found
 
