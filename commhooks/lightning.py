@@ -143,12 +143,15 @@ class Consensus(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End on the consensus model; Lightning throws the DDP wrapper away."""
         if self._trains:
-            if self._signals is not None:
-                # Nothing is in flight then, and the next fit() can have the group.
-                self._signals.answer()
+            signals = self._signals
+            if signals is not None:
+                # Nothing is in flight then.
+                signals.answer()
             self._stop(trainer)
             self.state.finish()
             self.state.close()
+            if signals is not None:
+                signals.ranks.close()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -197,6 +200,7 @@ class _Signals:
 
     Attributes:
         stopped: whether it has.
+        ranks: who is asked, over a group of its own.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -208,8 +212,8 @@ class _Signals:
         self._arrived: torch.futures.Future[Any] | None = None
         world = dist.group.WORLD
         assert world is not None
-        # Of its own, since rounds and the user's collectives may start in between.
-        self._ranks = open_communicator(world, self)
+        # Of its own: when the parts of a round are sent depends on the rank.
+        self.ranks = open_communicator(world, self)
         # Both of the instance. Lightning has not registered its handlers yet.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = self._before_batch
         trainer._signal_connector._sigterm_notifier_fn = self._notice
@@ -229,8 +233,8 @@ class _Signals:
             raise SIGTERMException
         device = self._trainer.strategy.root_device
         self._sum = torch.tensor([int(self._received)], device=device)
-        self._ranks.idle = False
-        self._arrived = self._ranks.all_reduce(self._sum)
+        self.ranks.idle = False
+        self._arrived = self.ranks.all_reduce(self._sum)
 
     def answer(self) -> bool:
         """Whether some rank had received a signal when the ranks last asked."""
@@ -239,7 +243,7 @@ class _Signals:
         with side_stream(self._sum.device):
             self._arrived.wait()
             answer = HostCopy(self._sum)
-        self._ranks.idle = True
+        self.ranks.idle = True
         return bool(answer.read())
 
     def close(self) -> None:
