@@ -10,7 +10,7 @@ import pytest
 
 from tests.harness import scaled
 
-SCENARIOS = ("round", "gradients")
+SCENARIOS = ("round", "gradients", "deadlock")
 ENDS = ("destroy", "leave")
 
 # Forks two ranks for every scenario and end. Each falls off the end of the program, and so ends
@@ -26,6 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 import torch
 import torch.distributed as dist
+from commhooks.engine.network import waiting
 from tests.cases import one_case
 from tests.late_release import release_callbacks_late
 from tests.training import Trainer
@@ -44,11 +45,30 @@ def with_gradients_just_averaged(rank):
     Trainer(one_case("AllReduce", 1)).step()
 
 
+def with_collectives_that_wait_for_ever(rank):
+    waiting._PATIENCE_S, waiting._POLL_S = 2.0, 0.5
+    trainer = Trainer(one_case("LocalSGD", 3))
+    trainer.step()
+    try:
+        if rank == 1:
+            dist.barrier()  # ends when the other process has
+        trainer.state.finish()
+    except RuntimeError:
+        pass
+
+
+SCENARIOS = {
+    "round": with_a_round_in_flight,
+    "gradients": with_gradients_just_averaged,
+    "deadlock": with_collectives_that_wait_for_ever,
+}
+
+
 def main(folder, scenario, end, rank):
     torch.set_num_threads(1)
     store = f"file://{folder / scenario}-{end}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=TIMEOUT)
-    {"round": with_a_round_in_flight, "gradients": with_gradients_just_averaged}[scenario](rank)
+    SCENARIOS[scenario](rank)
     if end == "destroy":
         dist.destroy_process_group()
 

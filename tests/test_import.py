@@ -75,10 +75,14 @@ def test_the_engine_knows_no_algorithm(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
 def test_no_python_threads_and_no_polling(path: Path) -> None:
-    """Background work is futures of the backend; a lock or an event is no thread."""
+    """Background work is futures of the backend; a lock or an event is no thread.
+
+    One thread answers for a process whose training thread waits in torch.
+    """
     assert not [name for name in imports(path) if name.partition(".")[0] in BACKGROUND]
     called = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
-    assert not called & {"Thread", "Timer", "sleep"}
+    allowed = {"Thread"} if path.name == "waiting.py" else set()
+    assert not called & {"Thread", "Timer", "sleep"} - allowed
 
 
 def test_the_package_is_typed() -> None:

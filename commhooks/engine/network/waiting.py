@@ -13,6 +13,7 @@ A wait ends in an error only where it is certain that it would never end otherwi
 from __future__ import annotations
 
 import atexit
+import ctypes
 import json
 import logging
 import os
@@ -273,6 +274,7 @@ class _Watch:
             if self._ended.wait(_BEAT_S):
                 return
         self._standings = {}
+        _never_end_groups()
         if self._wait is not None:
             self._wait.over = True
 
@@ -325,6 +327,16 @@ def _unpacked(text: bytes) -> Standing:
             for group, kinds in said["kinds"].items()
         },
     )
+
+
+def _never_end_groups() -> None:
+    """Let this process exit though collectives wait in it.
+
+    The end of a group joins its threads. These wait for other ranks, which wait for this process to
+    leave. What has a reference too many is not ended along with the interpreter.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 _watch: _Watch | None = None
