@@ -50,6 +50,15 @@ class Quantised(nn.Module):
         return y
 
 
+class BesideCodes(nn.Module):
+    """As Linear8bitLt after a forward, and HQQ's layer: what decodes the codes is on the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+        self.meta = {"scale": torch.ones(3)}
+
+
 @dataclass
 class Scales:
     first: Tensor
@@ -64,6 +73,7 @@ class Adapted(nn.Module):
         self.head = nn.Linear(7, 3)
         self.head.scales = [{"one": torch.ones(2)}, Scales(torch.ones(2))]  # type: ignore[assignment]
         self.same = torch.arange(3)
+        self.other = BesideCodes()
         initialise(self.head)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,6 +93,10 @@ def other_scale(module: nn.Module, rank: int) -> None:
 def missing_scale(module: nn.Module, rank: int) -> None:
     if rank:
         del module.get_parameter("base.weight").quant_state.state2.code  # type: ignore[attr-defined]
+
+
+def beside_codes(module: nn.Module, rank: int) -> None:
+    module.get_submodule("other").meta["scale"] += rank  # type: ignore[index,operator]
 
 
 def in_a_list(module: nn.Module, rank: int) -> None:
@@ -114,6 +128,7 @@ def register(change: Change, form: Form) -> list[str]:
         (other_base, "base.weight.quant_state.absmax"),
         (other_scale, "base.weight.quant_state.state2.absmax"),
         (missing_scale, "base.weight.quant_state.state2.code"),
+        (beside_codes, "other.meta.scale"),
     ],
 )
 def test_frozen_weights_that_mean_something_else_are_refused(

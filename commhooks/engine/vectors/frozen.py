@@ -59,7 +59,7 @@ class Frozen:
     @property
     def averaged(self) -> bool:
         """Whether it has a mean; what has not becomes the first rank's."""
-        return self.tensor.is_floating_point() or self.tensor.is_complex()
+        return _has_mean(self.tensor)
 
     def describe(self) -> tuple[object, ...]:
         """What ranks must have in common of it: what it is, and last its fingerprint."""
@@ -77,7 +77,8 @@ class Attribute:
 
     Attributes:
         name: where it was found.
-        decodes: whether it hangs on a frozen parameter, whose numbers mean nothing without it.
+        decodes: whether it hangs on a frozen parameter, or on a module with one of integers, whose
+            numbers mean nothing without it.
         fingerprint: stands for its bits.
     """
 
@@ -185,20 +186,26 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def _has_mean(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _is_plain(tensor: Tensor) -> bool:
     # A wrapper's numbers are in other tensors.
     return not hasattr(tensor, "__tensor_flatten__") and can_be_sent(tensor) and tensor.numel() > 0
 
 
 def _hanging(model: nn.Module, trained: Container[str]) -> Iterator[tuple[str, Tensor, bool]]:
-    """Every tensor that hangs somewhere, with its name, and whether on a frozen parameter."""
+    """Every tensor that hangs somewhere, its name, and whether it decodes a frozen parameter."""
     usual = vars(nn.Module())
     for prefix, module in model.named_modules():
         inside = f"{prefix}." if prefix else ""
+        # Codes, which mean nothing without what is beside them.
+        codes = any(not _has_mean(p) for p in module._parameters.values() if p is not None)
         for key, value in vars(module).items():
             if key not in usual:
                 for name, tensor in _tensors(f"{inside}{key}", value, _DEPTH, objects=False):
-                    yield name, tensor, False
+                    yield name, tensor, codes
     for name, parameter in model.named_parameters():
         # What a shard has is about its mesh.
         if name not in trained and _local(parameter) is parameter:
