@@ -17,7 +17,10 @@ from tests.training import Trainer
 
 PAGE = Path(__file__).parents[2] / "docs" / "precision.md"
 RECIPE = re.compile(r"^@torch\.no_grad\(\)\ndef mean_over_ranks.*?^    return mean\n", re.M | re.S)
-KINDS = {"ema": get_ema_multi_avg_fn(0.8), "swa": get_swa_multi_avg_fn()}
+KINDS: dict[str, Any] = {
+    "ema": get_ema_multi_avg_fn(0.8),  # type: ignore[no-untyped-call]
+    "swa": get_swa_multi_avg_fn(),  # type: ignore[no-untyped-call]
+}
 
 
 def averages(kind: str) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -30,7 +30,7 @@ class OwnModelWatch:
     ) -> None:
         self._module = weakref.ref(module)
         self._evaluated = weakref.WeakMethod(evaluated)
-        self._reads = module.register_state_dict_pre_hook(_ReadHook(read))
+        self._reads: RemovableHandle = module.register_state_dict_pre_hook(_ReadHook(read))  # type: ignore[no-untyped-call]
         self._forwards: RemovableHandle | None = None
 
     def look(self, now: bool) -> None:
