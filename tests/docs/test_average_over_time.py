@@ -17,7 +17,7 @@ from tests.training import Trainer
 
 PAGE = Path(__file__).parents[2] / "docs" / "precision.md"
 RECIPE = re.compile(r"^@torch\.no_grad\(\)\ndef mean_over_ranks.*?^    return mean\n", re.M | re.S)
-KINDS = {
+KINDS: dict[str, Any] = {
     "ema": get_ema_multi_avg_fn(0.8),  # type: ignore[no-untyped-call]
     "swa": get_swa_multi_avg_fn(),  # type: ignore[no-untyped-call]
 }

@@ -3,6 +3,7 @@
 import copy
 import io
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commhooks
 from tests.cases import one_case
+from tests.drift.test_advice import until_gone
 from tests.harness import run_ranks
 from tests.heard import heard
 from tests.training import Trainer
@@ -126,7 +128,9 @@ def saves_last() -> list[str]:
         trainer = Trainer(one_case("LocalSGD", 3))
         trainer.step()
         trainer.model.module.state_dict()
+        engine = weakref.ref(trainer.state._engine)
         del trainer
+        until_gone(engine)
     return lines
 
 

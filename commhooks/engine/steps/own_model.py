@@ -31,7 +31,7 @@ class OwnModelWatch:
         self._module = weakref.ref(module)
         self._evaluated = weakref.WeakMethod(evaluated)
         hook = _ReadHook(read)
-        self._reads = module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+        self._reads: RemovableHandle = module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
         self._forwards: RemovableHandle | None = None
 
     def look(self, now: bool) -> None:
