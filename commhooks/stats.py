@@ -50,7 +50,7 @@ class Stats:
         last_rate: the largest learning rate of any rank at the launch before the last one. Only
             :mod:`periods <commhooks.periods>` are told it; else it is None.
 
-        The last seven are the same on every rank. They come with a round, so they are those of the last
+    The last seven are the same on every rank. They come with a round, so they are those of the last
     round that was waited for, also after :meth:`CommHookState.finish`, or 0.0 before there is one.
     Drift and agreement are of every k-th parameter of a fragment with more than 65,536 of them, k
     as small as possible. With islands the agreement is that of one round earlier.
