@@ -86,6 +86,7 @@ class Engine:
 
     Attributes:
         thread: the one that trains.
+        counted: steps that were counted here, whatever a checkpoint says of others.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Engine:
         reshard: Callable[[], None] = lambda: None,
     ) -> None:
         self.thread = TrainingThread()
+        self.counted = 0
         # A state holds its engine; a cycle would keep dropped states, and their groups, for long.
         self._rules_alive = weakref.ref(rules)
         self._check = check
@@ -763,6 +765,7 @@ class Engine:
 
     def _count_step(self, *, local: bool) -> None:
         self._standing.step += 1
+        self.counted += 1
         self._progress.stepped(local=local)
         self.others.stepped(local=local)
         # On every rank at once, whose optimizer may skip the step, since it decides what

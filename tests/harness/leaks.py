@@ -16,7 +16,7 @@ def held() -> Counter[str]:
     for task in os.listdir(_TASKS):
         try:
             names["thread " + (_TASKS / task / "comm").read_text().strip()] += 1
-        except FileNotFoundError:  # ended between the listing and the read
+        except (FileNotFoundError, ProcessLookupError):  # ended meanwhile
             continue
     names["socket"] = sum(_is_socket(_FDS / fd) for fd in os.listdir(_FDS))
     return names

@@ -37,6 +37,10 @@ class Watched(Protocol):
         """Steps so far."""
 
     @property
+    def counted(self) -> int:
+        """Steps that were counted, whatever a checkpoint says of others."""
+
+    @property
     def boundary_due(self) -> bool:
         """Whether a boundary waits for the optimizers."""
 
@@ -124,7 +128,7 @@ class OptimizerWatch:
         # Of optimizers that another rank has and this one has not seen yet.
         self._unclaimed: dict[Any, dict[str, Any]] = {}
         self._copies = CopySearch()
-        self._began = watched.step
+        self._began = watched.counted
         self._updated_in: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._told_unseen = False
         self._scaler: weakref.ref[torch.amp.GradScaler] | None = None
@@ -205,7 +209,7 @@ class OptimizerWatch:
         if not any(p.grad is not None and id(p) in self._parameters for p in mine):
             return
         self._watched.writes.settle()
-        step = self._watched.step
+        step = self._watched.counted
         in_backward = torch._C._current_graph_task_id() != -1
         # The backward that the very first step is part of is yet to be counted.
         before = self._updated_in.get(optimizer, -1 if in_backward else self._began)
