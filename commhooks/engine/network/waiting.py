@@ -195,25 +195,28 @@ class _Watch:
         if wait is not None and now >= wait.next_look:
             wait.next_look = now + min(now - wait.began, _RARELY_S)
             self._store.set(self._key("alarm", self._alarm + 1), "")
-        while self._raised(self._alarm + 1):
-            self._alarm += 1
-            self._answer(wait)
+        self._answer_alarms(wait)
         if self._rank in self._standings:
-            silent = self._hear()
+            # A rank that is slow to answer is to be named, too.
+            heard = not self._hear() or time.monotonic() - self._answered >= 3 * _POLL_S
             waiting = stuck(self._standings)
             if self._rank in waiting:
-                # A rank that is slow to answer is to be named, too.
-                if not silent or time.monotonic() - self._answered >= 3 * _POLL_S:
+                if heard:
                     self._conclude(waiting)
             elif self._store.check([self._key("verdict", self._alarm)]):
                 said = json.loads(self._store.get(self._key("verdict", self._alarm)))
                 if self._rank in said["ranks"]:
                     self._say(said["text"])
-            elif wait is not None and wait is self._wait:
+            elif heard and wait is not None and wait is self._wait:
                 self._worry(wait)
 
     def _raised(self, alarm: int) -> bool:
         return bool(self._store.check([self._key("alarm", alarm)]))
+
+    def _answer_alarms(self, wait: _Wait | None) -> None:
+        while self._raised(self._alarm + 1):
+            self._alarm += 1
+            self._answer(wait)
 
     def _answer(self, wait: _Wait | None) -> None:
         """Say where this rank is."""
@@ -260,23 +263,25 @@ class _Watch:
         self._store.set(
             self._key("verdict", self._alarm), json.dumps({"ranks": concerned, "text": text})
         )
-        if self._wait is None:
+        wait = self._wait
+        if wait is None:
             self._say(text)
         else:
-            self._wait.verdict = text
+            wait.verdict = text
         self._store.set(self._key("told", self._alarm, self._rank), "")
         others = [self._key("told", self._alarm, rank) for rank in waiting]
-        began = time.monotonic()
-        # Those that wait for these ranks, and are not waited for, find out in the meantime.
-        while (waited := time.monotonic() - began) < 2 * _POLL_S or (
-            waited < _FAREWELL_S and not self._store.check(others)
+        deadline = time.monotonic() + _FAREWELL_S
+        # Those that wait for these ranks, and are not waited for, ask and find out in the meantime.
+        while (now := time.monotonic()) < deadline and (
+            now - self._answered < 5 * _POLL_S or not self._store.check(others)
         ):
             if self._ended.wait(_BEAT_S):
                 return
+            self._answer_alarms(wait)
         self._standings = {}
         _never_end_groups()
-        if self._wait is not None:
-            self._wait.over = True
+        if wait is not None:
+            wait.over = True
 
     def _say(self, text: str) -> None:
         """Log it where nothing can be raised, in torch's code, which ends as the others leave."""
@@ -295,7 +300,10 @@ class _Watch:
         silent = [rank for rank in wait.ranks if rank not in self._standings]
         late = missing(standing.awaited, self._standings) if standing.awaited else []
         where = [f"rank {rank}, which is {self._standings[rank].place}" for rank in late]
-        where += [f"rank {rank}, which has registered no state so far" for rank in silent]
+        where += [
+            f"rank {rank}, which has not answered, and may have registered no state"
+            for rank in silent
+        ]
         if where:
             logger.warning(
                 "commhooks: rank %d is %s and has waited for %.0f seconds for %s. It goes on as "
