@@ -179,6 +179,7 @@ class Advice:
             "model.load_state_dict call state.load_state_dict to go on from a checkpoint. For all "
             "else call state.finish() on all ranks, right before or after the parameters are "
             "written, so that the algorithm begins anew from them.",
+            alone=True,
         )
 
     def apart(self) -> None:
@@ -269,7 +270,8 @@ class Advice:
                 "or stops now and then.",
             )
 
-    def _say(self, what: str, text: str) -> None:
-        if what not in self._said and self._run.speaks:
+    def _say(self, what: str, text: str, *, alone: bool = False) -> None:
+        """Say it once: on the first rank, or on each that finds it ``alone``."""
+        if what not in self._said and (self._run.speaks or alone):
             logger.warning("commhooks: %s", text)
         self._said.add(what)

@@ -42,7 +42,7 @@ from commhooks.engine.steps.backward import Backwards
 from commhooks.engine.steps.optimizers import OptimizerWatch
 from commhooks.engine.steps.shared_updates import SharedUpdates
 from commhooks.engine.steps.writes import Writes
-from commhooks.engine.vectors.buckets import build_buckets
+from commhooks.engine.vectors.buckets import Bucket, build_buckets
 from commhooks.engine.vectors.devices import Moment
 from commhooks.engine.vectors.fragments import partition
 from commhooks.engine.vectors.frozen import Held
@@ -301,18 +301,17 @@ class Engine:
                     agreed = sharing.heed(self._gradients.told)
                     if self._standing.started and not averaging:
                         sharing.gather(self._rules, agreed)
-                self._count_step(local=not averaging)
                 if not averaging and (self._resumes or not self._standing.started):
-                    # Behind the backward, which needs the parameters as they are; and no later,
-                    # since what comes next may be an optimizer already in its step, whose closure
-                    # this backward is part of.
-                    after_backward(self._start_together)
+                    # Now, since what comes next may be an optimizer already in its step, whose
+                    # closure this backward is part of.
+                    self._start_together()
+                self._count_step(local=not averaging)
                 if self._shadows:
                     self._shadows = False
                     # The others come to theirs when their optimizers have stepped. With unused
                     # parameters they wait for a bitmap of DDP's before, which this rank sends next.
                     self.at_boundary(wait=not self._finds_unused)
-            except RoundError as error:
+            except (RoundError, KeyboardInterrupt) as error:
                 raise_after_backward(error)
         return gradient
 
@@ -637,9 +636,12 @@ class Engine:
             # A part of the loop, such as clipping, that goes on at every step.
             self.writes.belong_to_steps()
             self._overwritten = False
+        elif self._overwritten:
+            # What `load_state_dict` has announced.
+            self.writes.settle()
         else:
             self.parameters_overwritten()
-        self._written_at = step
+            self._written_at = step
 
     def parameters_overwritten(self) -> None:
         """Somebody else than an optimizer writes to the parameters."""
@@ -715,6 +717,7 @@ class Engine:
         assert rules is not None
         return rules
 
+    @uninterrupted()
     def _start_together(self) -> None:
         """Start with the same parameters on all workers, unless all have started. Collective.
 
@@ -729,6 +732,7 @@ class Engine:
         if self._sharing is not None:
             self._sharing.follow(self._fragments)
         anew, apart = self._rewritten or not self._standing.started, False
+        firsts: list[tuple[Bucket, Tensor]] = []
         everyone = self.links.everyone
         if everyone.size > 1:
             self._call("the first local step")
@@ -739,10 +743,8 @@ class Engine:
                 apart = anew and self.links.peers_differ(bits_of)
                 if apart and not self._sharded:
                     self._advice.no_common_start()
-                    for fragment in self._fragments:
-                        for bucket in fragment.buckets:
-                            bucket.share(everyone.broadcast)
-                    self.writes.settle()
+                    buckets = [bucket for each in self._fragments for bucket in each.buckets]
+                    firsts = [(bucket, bucket.sent_by(everyone.broadcast)) for bucket in buckets]
             except RuntimeError as error:
                 self._call.fail(str(error))
             if apart and self._sharded:
@@ -751,8 +753,19 @@ class Engine:
                     "island the same ones before: the same seed, or the same checkpoint."
                 )
         self._resumes = self._rewritten = False
-        if anew:
+        if firsts:
+            # The backward under way may still need the parameters as they are.
+            after_backward(partial(self._start_from, firsts))
+        elif anew:
             self._start()
+
+    def _start_from(self, firsts: Sequence[tuple[Bucket, Tensor]]) -> None:
+        """Start from other parameters than this rank's own."""
+        with torch.no_grad():
+            for bucket, flat in firsts:
+                bucket.scatter(flat)
+        self.writes.settle()
+        self._start()
 
     def _start(self) -> None:
         for fragment in self._fragments:

@@ -169,7 +169,7 @@ class _StopRequests:
     def __init__(self, period: int) -> None:
         self._period = period
         self._asked = False
-        self._group = dist.new_group(backend="gloo", group_desc="stop requests")
+        self._group = dist.new_group(backend="gloo", group_desc="commhooks-stop-requests")
         self._sent: tuple[Any, torch.Tensor] | None = None
         self._before = {number: signal.signal(number, self._note) for number in _STOPPING}
 

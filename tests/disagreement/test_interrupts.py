@@ -97,13 +97,13 @@ def interrupted(
 
 
 CASES = [
-    Case("LocalSGD", {"tau": 2}),
-    Case("OverlapLocalSGD", {"tau": 2, "beta": 0.5}),
-    Case("CoCoDSGD", {"tau": 4}),
-    Case("BMUF", {"tau": 2}, warmup_steps=50),
-    Case("DiLoCo", {"tau": 4, "fragments": 2, "delay": 3, "alpha": 0.5}),
-    Case("SlowMo", {"tau": 2}),
-    Case("AllReduce"),
+    Case("LocalSGD", {"tau": 2}, dtype=torch.float64),
+    Case("OverlapLocalSGD", {"tau": 2, "beta": 0.5}, dtype=torch.float64),
+    Case("CoCoDSGD", {"tau": 4}, dtype=torch.float64),
+    Case("BMUF", {"tau": 2}, warmup_steps=50, dtype=torch.float64),
+    Case("DiLoCo", {"tau": 4, "fragments": 2, "delay": 3, "alpha": 0.5}, dtype=torch.float64),
+    Case("SlowMo", {"tau": 2}, dtype=torch.float64),
+    Case("AllReduce", dtype=torch.float64),
 ]
 
 

@@ -124,7 +124,7 @@ def test_a_learning_rate_that_is_right_for_ddp(plain_ddp: Run, tmp_path: Path) -
     assert scaled.results.loss == pytest.approx(given.results.loss, abs=1e-5)
     assert "scaled" in scaled.results.name
     assert "learning rate" not in scaled.printed
-    assert "state.lr_factor" in given.printed
+    assert "--scale-lr" in given.printed
     ddp = train(tmp_path, "ddp", *SHORT, "--scale-lr").results
     assert ddp.loss == plain_ddp.results.loss
 

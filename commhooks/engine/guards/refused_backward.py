@@ -11,7 +11,7 @@ from torch.autograd import Variable
 __all__ = ["after_backward", "raise_after_backward"]
 
 
-def raise_after_backward(error: Exception) -> None:
+def raise_after_backward(error: BaseException) -> None:
     """Raise ``error`` from the backward under way, once DDP is through with it.
 
     Called in the hook of the last bucket. An error raised there would leave DDP in the middle of

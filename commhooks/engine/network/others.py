@@ -65,7 +65,8 @@ class Others:
         name = group.group_name
         watched = self._joins.get(name)
         if watched is None:
-            watched = self._joins[name] = not name.startswith(PREFIX) and self._joins_workers(group)
+            own = name.startswith(PREFIX) or group.group_desc.startswith(PREFIX)
+            watched = self._joins[name] = not own and self._joins_workers(group)
         return watched
 
     def _joins_workers(self, group: dist.ProcessGroup) -> bool:

@@ -21,7 +21,7 @@ _CALLS = ("averaged()", "finish()", "disable()", "close()", "drift()")
 _JOINING = ("averaged()", "finish()", "disable()", "drift()")
 """Calls in which a rank takes part in rounds that are not due on it yet."""
 
-_STEPS_APART = 16
+_STEPS_APART = 3
 """How far others may be ahead of a rank in a call; ``finish()`` waits for all of their steps."""
 
 _ROUND = "a round"

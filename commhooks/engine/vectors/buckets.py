@@ -148,8 +148,8 @@ class Bucket:
         for chunk in self._chunks:
             torch._foreach_copy_(chunk.pieces, chunk.views(flat[chunk.start : chunk.stop]))
 
-    def share(self, broadcast: Callable[[Tensor], torch.futures.Future[Any]]) -> None:
-        """Overwrite the tensors with those of the rank that ``broadcast`` sends from. Collective.
+    def sent_by(self, broadcast: Callable[[Tensor], torch.futures.Future[Any]]) -> Tensor:
+        """The tensors of the rank that ``broadcast`` sends from, for :meth:`scatter`. Collective.
 
         Raises:
             RuntimeError: a rank is gone.
@@ -157,9 +157,9 @@ class Bucket:
         flat = torch.empty(self.numel, dtype=self.dtype, device=self.device)
         with torch.no_grad():
             self.gather(flat)
-            broadcast(flat).wait()
-            catch_up_with_callbacks(self.device)
-            self.scatter(flat)
+        broadcast(flat).wait()
+        catch_up_with_callbacks(self.device)
+        return flat
 
     def mix_in_rest(self, weight: float) -> None:
         """x <- weight x + :attr:`common` for all that lies in the shares of other ranks."""
