@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, Checkpoint, WeightAverag
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from commhooks.engine.network.agreement import tell
 from commhooks.engine.network.communicator import open_communicator
 from commhooks.engine.state import CommHookState
 from commhooks.engine.vectors.devices import HostCopy, side_stream
@@ -146,7 +147,7 @@ class Consensus(Callback):
             signals = self._signals
             if signals is not None:
                 # Nothing is in flight then.
-                signals.answer()
+                signals.end_together()
             self._stop(trainer)
             self.state.finish()
             self.state.close()
@@ -231,6 +232,9 @@ class _Signals:
         if self.answer():
             self.stopped = self._trainer._signal_connector.received_sigterm = True
             raise SIGTERMException
+        self._ask()
+
+    def _ask(self) -> None:
         device = self._trainer.strategy.root_device
         self._sum = torch.tensor([int(self._received)], device=device)
         self.ranks.idle = False
@@ -245,6 +249,14 @@ class _Signals:
             answer = HostCopy(self._sum)
         self.ranks.idle = True
         return bool(answer.read())
+
+    def end_together(self) -> None:
+        """Take part in what ranks with more batches have asked. Collective."""
+        asked = self._batches // _ASKED_EVERY
+        for _ in range(max(tell(self.ranks.parent, asked)) - asked):
+            self.answer()
+            self._ask()
+        self.answer()
 
     def close(self) -> None:
         """Let Lightning ask again. A signal that nobody has heeded yet is Lightning's."""

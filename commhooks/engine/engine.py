@@ -42,6 +42,7 @@ from commhooks.engine.steps.backward import Backwards
 from commhooks.engine.steps.optimizers import OptimizerWatch
 from commhooks.engine.steps.shared_updates import SharedUpdates
 from commhooks.engine.steps.writes import Writes
+from commhooks.engine.vectors.bits import combined
 from commhooks.engine.vectors.buckets import Bucket, build_buckets
 from commhooks.engine.vectors.devices import Moment
 from commhooks.engine.vectors.fragments import partition
@@ -201,7 +202,7 @@ class Engine:
         self._shadows = False
         self._finished_at = self._finish_cut_short_at = -1
         self._overwritten = False
-        self._written_at = -2
+        self._written_at = self._touched_at = -2
         # Whether the next local step is the first after finish() or a checkpoint, at which a rank
         # may have other parameters than its vectors; and whether this one has.
         self._resumes = self._rewritten = False
@@ -295,7 +296,8 @@ class Engine:
         if self._call.failed and (averaging or self.links.island is not None):
             return gradient
         if last:
-            self.writes.belong_to_steps()
+            if self.writes.found:
+                self.writes.belong_to_steps()
             try:
                 if sharing is not None:
                     agreed = sharing.heed(self._gradients.told)
@@ -368,6 +370,9 @@ class Engine:
 
     def after_update(self) -> None:
         """All optimizers have updated a sharded model, or were skipped: a step ends."""
+        if not self.averages_gradients and (self._resumes or not self._standing.started):
+            # A scaler has skipped the step here, and not in every island.
+            self._start_together()
         self._count_step(local=not self.averages_gradients)
 
     def shadow_step(self) -> None:
@@ -629,15 +634,16 @@ class Engine:
 
     def look_for_writes(self) -> None:
         """Take note of what somebody else than an optimizer has written to the parameters."""
-        if self._consensus is not None or not self.writes.found:
+        if self._consensus is not None or not self.writes.touched:
             return
         step = self._standing.step
-        if self._written_at == step - 1:
+        again, self._touched_at = self._touched_at == step - 1, step
+        if again:
             # A part of the loop, such as clipping, that goes on at every step.
             self.writes.belong_to_steps()
-            self._overwritten = False
-        elif self._overwritten:
-            # What `load_state_dict` has announced.
+            self._overwritten &= self._written_at != step - 1
+        elif self._overwritten or not self.writes.found:
+            # What `load_state_dict` has announced, or what was put back again.
             self.writes.settle()
         else:
             self.parameters_overwritten()
@@ -705,6 +711,7 @@ class Engine:
         self.drain()
         self._advice.checkpointed()
         self._overwritten = self._rewritten = False
+        self._finished_at = self._finish_cut_short_at = -1
         self._resumes = True
         self.writes.settle()
         return self.saving.load(saved, self._rules)
@@ -736,7 +743,9 @@ class Engine:
         everyone = self.links.everyone
         if everyone.size > 1:
             self._call("the first local step")
-            bits = sum(int(fragment.fingerprint) for fragment in self._fragments)
+            bits = combined(
+                bucket.ordered_fingerprint() for each in self._fragments for bucket in each.buckets
+            )
             try:
                 starts, bits_of = zip(*everyone.tell((anew, bits)), strict=True)
                 anew = any(starts)
@@ -848,7 +857,9 @@ class Engine:
             self.at_boundary()
             self.drain()
             self._reshard()
-            while (ticket := self._call("drift()", self._check())).wait().round is not None:
+            refusals = (self._check(), *(fragment.refusal() for fragment in self._fragments))
+            refusal = next(filter(None, refusals), None)
+            while (ticket := self._call("drift()", refusal)).wait().round is not None:
                 self._join(ticket)
             buckets = [bucket for fragment in self._fragments for bucket in fragment.buckets]
             self.links.busy()

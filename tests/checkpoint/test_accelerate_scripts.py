@@ -267,8 +267,9 @@ def save_on_the_main_process(folder: Path) -> None:
         run.step()
     if run.accelerator.is_main_process:
         run.accelerator.save_state(str(folder))
-    # On to the boundary at which the others' round is used.
-    for _ in range(6):
+    # On to the boundary at which the second of the others' rounds is used; in the first one a rank
+    # that is a step behind would have taken part.
+    for _ in range(9):
         run.step()
 
 

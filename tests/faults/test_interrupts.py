@@ -43,7 +43,7 @@ def interrupted_runs(cases: Sequence[Case], moment: str) -> list[list[Tensor]]:
             "mixing": (type(trainer.state), "mix"),
             "launching": (Communicator, "all_reduce"),
         }[moment]
-        # In the first local step the ranks meet inside the backward, which no boundary makes up for.
+        # In the first local step the ranks meet inside the backward, for which nothing makes up.
         steps, interrupts = [trainer.step()], 0
         for _ in range(case.steps - 1):
             with interrupted_once(owner, method):

@@ -43,6 +43,13 @@ def through_data(trainer: Trainer) -> None:
         p.data.add_(trainer.rank)
 
 
+@torch.no_grad()
+def in_another_order(trainer: Trainer) -> None:
+    """The same numbers everywhere, and nowhere at the same place."""
+    for p in trainer.model.parameters():
+        p.copy_(p.roll(trainer.rank, dims=0))
+
+
 class SetsItself(nn.Module):
     """Its scale comes from the first batch that it sees."""
 
@@ -60,7 +67,7 @@ class SetsItself(nn.Module):
         return out * self.scale
 
 
-PREPARE = [each_its_own_way, on_rank_0_alone, through_data]
+PREPARE = [each_its_own_way, on_rank_0_alone, through_data, in_another_order]
 
 
 def anchors(trainer: Trainer) -> list[Tensor]:

@@ -193,7 +193,43 @@ def exchanging_weights(trainer: Trainer) -> None:
             p.copy_(mine)
 
 
+def clipping(trainer: Trainer) -> None:
+    """After every step, where few of the weights are ever outside."""
+    torch.autograd.backward(loss_of(trainer.model, trainer))
+    trainer.optimize()
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.clamp_(-0.8, 0.8)
+
+
+def going_back(trainer: Trainer) -> None:
+    """By one step, as after a spike."""
+    if trainer.steps == 4:
+        trainer.saved_before = trainer.saved()  # type: ignore[attr-defined]
+    torch.autograd.backward(loss_of(trainer.model, trainer))
+    trainer.optimize()
+    if trainer.steps == 5:
+        trainer.go_on(trainer.saved_before, 3)  # type: ignore[attr-defined]
+
+
+def initialising_the_optimizer(trainer: Trainer) -> None:
+    """A step at a rate of 0, as torch.distributed.checkpoint makes one."""
+    torch.autograd.backward(loss_of(trainer.model, trainer))
+    trainer.optimize()
+    optimizer = trainer.optimizers[0]
+    (group,) = optimizer.param_groups
+    rate, group["lr"] = group["lr"], 0.0
+    for p in trainer.model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    group["lr"] = rate
+
+
 SEEN = [
+    clipping,
+    going_back,
+    initialising_the_optimizer,
     closure,
     accumulating,
     without_gradients,
@@ -214,7 +250,7 @@ def train_seen(step: Step) -> None:
                     trainer.steps += 1
                     step(trainer)
                 trainer.state.finish()
-            assert trainer.state.stats.step == 6
+            assert trainer.state.stats.step == (4 if step is going_back else 6)
             told = [line for line in lines if "wants" not in line]
             assert not told, told
 

@@ -16,6 +16,7 @@ from commhooks.engine.network.links import Links
 from commhooks.engine.network.roll_call import RollCall
 from commhooks.engine.network.ticket import Ticket
 from commhooks.engine.rounds.gathering import Gathering
+from commhooks.engine.vectors.bits import combined
 from commhooks.engine.vectors.buckets import Bucket
 from commhooks.engine.vectors.buffers import Exchange, Replaced, common, digest, write
 from commhooks.engine.vectors.devices import Moment, catch_up_with_callbacks, finiteness
@@ -72,7 +73,7 @@ def enter(
         if drifted:
             consensus.take_parameters(buckets)
         else:
-            bits = sum(int(bucket.fingerprint()) for bucket in buckets)
+            bits = combined(bucket.ordered_fingerprint() for bucket in buckets)
         consensus.take_held(mine._replace(frozen=()), call.device)
     except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must be told
         refusal = refusal or f"{type(error).__name__}: {error}"

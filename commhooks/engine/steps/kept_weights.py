@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from commhooks.engine.vectors.buckets import fingerprint
+from commhooks.engine.vectors.bits import fingerprint
 from commhooks.engine.vectors.chunks import real
 from commhooks.errors import RegistrationError
 

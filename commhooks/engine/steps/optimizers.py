@@ -131,6 +131,7 @@ class OptimizerWatch:
         self._began = watched.counted
         self._updated_in: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self._told_unseen = False
+        self._looked_in = -1
         self._scaler: weakref.ref[torch.amp.GradScaler] | None = None
         if scaler is not None:
             self._scaler = weakref.ref(scaler)
@@ -205,16 +206,18 @@ class OptimizerWatch:
 
     def updated(self, optimizer: Optimizer) -> None:
         """An optimizer has updated its parameters, which a skipped step does not."""
-        mine = (p for group in optimizer.param_groups for p in group["params"])
-        if not any(p.grad is not None and id(p) in self._parameters for p in mine):
+        mine = owned(optimizer, self._parameters)
+        if not any(p.grad is not None for p in mine):
             return
-        self._watched.writes.settle()
         step = self._watched.counted
         in_backward = torch._C._current_graph_task_id() != -1
         # The backward that the very first step is part of is yet to be counted.
         before = self._updated_in.get(optimizer, -1 if in_backward else self._began)
         self._updated_in[optimizer] = step
-        if step == before:
+        # A step at a learning rate of 0 makes an optimizer's state, and moves nothing.
+        unseen = step == before and self._watched.writes.changed
+        self._watched.writes.settle(mine)
+        if unseen:
             self._tell_unseen(
                 "has updated the model, and no backward of the DDP model was counted for it, so "
                 "that nothing is averaged: call ddp_model(x) and not ddp_model.module(x), "
@@ -242,12 +245,23 @@ class OptimizerWatch:
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """An optimizer is about to step."""
-        self._watched.look_for_writes()
+        if not self._updates(optimizer):
+            return
+        if self._looked_in != self._watched.counted:
+            # Before the first optimizer of a step; the others come behind what that one writes.
+            self._looked_in = self._watched.counted
+            self._watched.look_for_writes()
         self._watched.updates.before(optimizer, lambda: owned(optimizer, self._parameters))
         if self._unclaimed:
             self._claim(optimizer)
         if self._looks_for_copies and self._copies.goes_on(optimizer):
             self._copies.before_step(optimizer, owned(optimizer, self._parameters))
+
+    def _updates(self, optimizer: Optimizer) -> bool:
+        """Whether it is the model's: another model's may step on another thread."""
+        return optimizer in self._known or any(
+            id(p) in self._parameters for group in optimizer.param_groups for p in group["params"]
+        )
 
     def _is_awaited(self) -> bool:
         """Whether it matters that all optimizers have stepped."""

@@ -17,7 +17,7 @@ from commhooks.engine.network.agreement import compare, described, tell
 from commhooks.engine.network.communicator import named_group
 from commhooks.engine.network.islands import Layout, lay_out
 from commhooks.engine.steps.model import unwrapped_model
-from commhooks.engine.steps.optimizers import OptimizerWatch, Watched
+from commhooks.engine.steps.optimizers import OptimizerWatch, Watched, owned
 from commhooks.errors import RegistrationError
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ class ShardedWatch(OptimizerWatch):
 
     def updated(self, optimizer: Optimizer) -> None:
         """An optimizer has updated its parameters, which is what counts."""
-        self._watched.writes.settle()
+        self._watched.writes.settle(owned(optimizer, self._parameters))
 
     def after_step(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped, or its step was skipped; told once by whoever knows both."""

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from commhooks.engine.network.communicator import Communicator
 from commhooks.engine.network.islands import Layout
 from commhooks.engine.network.others import Others
-from commhooks.engine.vectors.buckets import fingerprint
+from commhooks.engine.vectors.bits import fingerprint
 from commhooks.engine.vectors.chunks import real
 from commhooks.errors import RegistrationError
 
@@ -112,7 +112,9 @@ class SharedUpdates:
         if len(tensors) != len(before):
             return
         mine = [
-            _Seen(p.numel(), old, new, old_gradient, new_gradient)
+            # Biases before a normalisation have gradients of rounding errors alone, and are moved
+            # by weight decay.
+            _Seen(p.numel() if p.dim() > 1 else 0, old, new, old_gradient, new_gradient)
             for p, (old, old_gradient), (new, new_gradient) in zip(
                 tensors, before, _fingerprints(tensors), strict=True
             )
@@ -148,7 +150,7 @@ class SharedUpdates:
         found = 0
         for peers in zip(*self._layout.islands, strict=True):
             for parameter in zip(*(seen[rank] for rank in peers), strict=False):
-                found += _alike(parameter)
+                found = max(found, _alike(parameter))
         return found >= _NUMEL
 
 

@@ -28,6 +28,7 @@ class Writes:
 
     def __init__(self, parameters: Sequence[Tensor], numbers: Sequence[Tensor]) -> None:
         self._parameters = list(parameters)
+        self._places = {id(parameter): place for place, parameter in enumerate(parameters)}
         like = numbers[0]
         kin = {
             number: tensor
@@ -42,30 +43,44 @@ class Writes:
         self.settle()
 
     def belong_to_steps(self) -> None:
-        """If something is found now, it is a part of every step, and not to be found any more.
+        """What has been written is a part of every step, and not to be found any more.
 
         Some layers write to their weights in the forward, some optimizers in the backward and for a
         while behind it, and some loops clip the weights after every step.
         """
-        self._in_steps |= self.found
+        self._in_steps = True
 
-    def settle(self) -> None:
-        """What has been written until now is known."""
-        self._counts = self._count()
-        self._numbers = self._look()
+    def settle(self, parameters: Sequence[Tensor] | None = None) -> None:
+        """What has been written until now is known, of all parameters or of some."""
+        if parameters is None:
+            self._counts = self._count()
+            self._numbers = self._look()
+            return
+        places = [self._places[id(parameter)] for parameter in parameters]
+        for place, parameter in zip(places, parameters, strict=True):
+            self._counts[place] = parameter._version
+        if not self._looked_at.keys().isdisjoint(places):
+            self._numbers = self._look()
+
+    @property
+    def touched(self) -> bool:
+        """Whether something has been written since, be it what was there before."""
+        return not self._in_steps and self._count() != self._counts
 
     @property
     def found(self) -> bool:
-        """Whether parameters have changed since."""
-        counts = self._count()
-        if self._in_steps or counts == self._counts:
-            return False
-        pairs = enumerate(zip(counts, self._counts, strict=True))
+        """Whether what has been written is something else, and no part of every step."""
+        return self.touched and self.changed
+
+    @property
+    def changed(self) -> bool:
+        """Whether parameters are other ones. Fused optimizers change them and are not counted."""
+        pairs = enumerate(zip(self._count(), self._counts, strict=True))
         written = {number for number, (now, before) in pairs if now != before}
-        if written.isdisjoint(self._looked_at) or not torch.equal(self._look(), self._numbers):
-            return True
-        self._counts = counts
-        return False
+        unknown = bool(written) and written.isdisjoint(self._looked_at)
+        now = self._look()
+        alike = now.dtype == self._numbers.dtype and torch.equal(now, self._numbers)
+        return unknown or not alike
 
     def _count(self) -> list[int]:
         return list(map(attrgetter("_version"), self._parameters))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from commhooks.engine.vectors.bits import combined, fingerprint, ordered_fingerprint
 from commhooks.engine.vectors.chunks import Chunk, Gathered, Scratch, cut, is_dense, real, window
 from commhooks.engine.vectors.devices import (
     accumulation_dtype,
@@ -17,11 +18,9 @@ from commhooks.engine.vectors.devices import (
 )
 from commhooks.errors import RegistrationError
 
-__all__ = ["Bucket", "build_buckets", "fingerprint"]
+__all__ = ["Bucket", "build_buckets"]
 
 _NONE: Mapping[str, Tensor] = {}
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Bucket:
@@ -209,6 +208,10 @@ class Bucket:
         """A number that is the same for tensors of the same bits, as an int64 scalar."""
         return torch.stack([fingerprint(real(tensor)) for tensor in self.tensors]).sum()
 
+    def ordered_fingerprint(self) -> int:
+        """The same on the host; the same numbers in another order have another one."""
+        return combined(ordered_fingerprint(real(tensor)) for tensor in self.tensors)
+
     def refresh(self) -> None:
         """Rebuild the views if somebody has moved a tensor (``tensor.data = ...``) since.
 
@@ -302,15 +305,6 @@ def _build(
         scratch = Scratch(max(longest, min(limit or 0, largest)), dtype, device)
         buckets.extend(make(part, scratch, edges(part)) for part in packed)
     return buckets
-
-
-def fingerprint(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's numbers, read as integers, as an int64 scalar."""
-    width = tensor.element_size()
-    # It may wrap around. In int64, torch would first make a copy of all of them that is twice as
-    # large, and the C library does not use the same memory for the next tensor's.
-    total = tensor.view(_INTEGERS[width]).sum(dtype=torch.int64 if width == 8 else torch.int32)
-    return total.to(torch.int64)
 
 
 def _even(tensors: Sequence[Tensor], shares: int) -> list[int]:

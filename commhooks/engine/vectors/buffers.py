@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from commhooks.engine.vectors.chunks import real
+from commhooks.engine.vectors.bits import numbers
 from commhooks.engine.vectors.devices import accumulation_dtype
 from commhooks.errors import RegistrationError
 
@@ -35,7 +35,6 @@ __all__ = [
     "common",
     "digest",
     "find_buffers",
-    "numbers",
     "write",
 ]
 
@@ -285,11 +284,6 @@ def can_be_sent(tensor: Tensor) -> bool:
         and tensor.device.type != "meta"
         and all(stride or size <= 1 for size, stride in zip(tensor.shape, tensor.stride()))  # noqa: B905 - as many
     )
-
-
-def numbers(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor as real ones, in the order of its indices."""
-    return real(tensor.detach().resolve_conj().resolve_neg()).reshape(-1)
 
 
 def _shaped(flat: Tensor, like: Tensor) -> Tensor:

@@ -12,24 +12,18 @@ Tensors that hang on frozen parameters or on modules as plain attributes, such a
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from commhooks.engine.vectors.buffers import Buffer, can_be_sent, numbers, write
+from commhooks.engine.vectors.bits import ordered_fingerprint
+from commhooks.engine.vectors.buffers import Buffer, can_be_sent, write
 from commhooks.engine.vectors.spectral import SpectralPair
 
 __all__ = ["Attribute", "Frozen", "Held", "Unlike", "find_attributes", "find_frozen", "named"]
-
-# Numbers that are read at once: few enough for a cache, enough for a launch.
-_STRETCH = 2**18
-_PRIME = 0x9E3779B97F4A7C15
-_64_BITS = 2**64 - 1
 
 # How deep lists, dictionaries and objects are looked through.
 _DEPTH = 4
@@ -148,7 +142,7 @@ def find_frozen(
     # A frozen one may be another name for the memory of a trained one.
     taken = {mine.data_ptr() for name, mine in parameters if name in trained}
     frozen = [
-        Frozen(name, mine, mine is not model.get_parameter(name), _fingerprint(mine))
+        Frozen(name, mine, mine is not model.get_parameter(name), ordered_fingerprint(mine))
         for name, mine in parameters
         if name not in trained and _is_plain(mine) and mine.data_ptr() not in taken
     ]
@@ -165,7 +159,7 @@ def find_attributes(model: nn.Module, trained: Container[str]) -> list[Attribute
     held = (*map(_local, model.parameters()), *model.buffers())
     known = {each.untyped_storage().data_ptr() for each in held if _is_plain(each)}
     found = [
-        Attribute(name, decodes, _fingerprint(tensor))
+        Attribute(name, decodes, ordered_fingerprint(tensor))
         for name, tensor, decodes in _hanging(model, trained)
         # What autograd has made of parameters is made anew by the next forward.
         if not tensor.requires_grad
@@ -234,21 +228,3 @@ def _tensors(
     if depth:
         for key, member in members:
             yield from _tensors(f"{name}.{key}", member, depth - 1, objects=objects)
-
-
-def _fingerprint(tensor: Tensor) -> int:
-    """A number that stands for a tensor's bits and their order, whatever its memory looks like."""
-    total = 0
-    for part in torch.split(numbers(tensor).view(torch.uint8), 4 * _STRETCH):
-        words = nn.functional.pad(part, (0, -len(part) % 4)).view(torch.int32)
-        # In int64, since sign bits would vanish from products of 32 bits.
-        mixed = words.to(torch.int64).mul_(_weights(words.device)[: len(words)]).sum()
-        total = (total * _PRIME + int(mixed)) & _64_BITS
-    return total
-
-
-@functools.cache
-def _weights(device: torch.device) -> Tensor:
-    """Odd-looking factors, the same on every rank, that tell the places of a stretch apart."""
-    random = torch.Generator().manual_seed(0)
-    return torch.randint(-(2**62), 2**62, (_STRETCH,), generator=random, device="cpu").to(device)
