@@ -13,8 +13,8 @@ So it must depend on nothing else. What it gives is the distance from the next l
 after it; with blocking rounds, which land where they are launched, from this launch to the next.
 Before the first round it is called with ``Stats()``, on registration, and all ranks must then get
 the same number. That one counts up to 128, and each later one up to twice the number before
-(:class:`Hidden` has a limit of its own). It can be pickled if it is a function of a module, or one of
-the classes here.
+(:class:`Hidden` has a limit of its own). It can be pickled if it is a function of a module, or one
+of the classes here.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from tests.harness import scaled
 SCENARIOS = ("round", "gradients", "compressed", "islands", "collective")
 ENDS = ("destroy", "leave", "error")
 
-# Forks the ranks of every scenario and end, again and again. Each falls off the end of the program, and so ends
-# as an interpreter does: with exit functions and static destructors.
+# Forks the ranks of every scenario and end, again and again. Each falls off the end of the program,
+# and so ends as an interpreter does: with exit functions and static destructors.
 PROGRAM = """
 import ctypes
 import json
@@ -146,7 +146,7 @@ def expected(scenario: str, end: str, turns: int) -> dict[int, int]:
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Counter[int]]:
-    return statuses(tmp_path_factory.mktemp("ends"), 1, scaled(120))
+    return statuses(tmp_path_factory.mktemp("ends"), 1, scaled(240))
 
 
 @pytest.mark.parametrize("end", ENDS)
