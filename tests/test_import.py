@@ -78,7 +78,9 @@ def test_no_python_threads_and_no_polling(path: Path) -> None:
     """Background work is futures of the backend; a lock or an event is no thread."""
     assert not [name for name in imports(path) if name.partition(".")[0] in BACKGROUND]
     called = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
-    assert not called & {"Thread", "Timer", "sleep"}
+    # At the exit of a process, when nothing tells whether the backend's threads are at rest.
+    allowed = {"sleep"} if path.name == "process_exit.py" else set()
+    assert not (called & {"Thread", "Timer", "sleep"}) - allowed
 
 
 def test_the_package_is_typed() -> None:
