@@ -125,7 +125,6 @@ def host_seconds_around_a_round(folder: str) -> dict[str, float]:
             state,
             None,
             [torch.ones((), device="cuda")],
-            prepare=lambda: None,
             report=Report(),
             drifts=[Drift(bucket, "z", differences=False, stride=1) for bucket in buckets],
         )

@@ -160,7 +160,7 @@ def expected(scenario: str, end: str, turns: int) -> dict[int, int]:
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Counter[int]]:
-    return statuses(tmp_path_factory.mktemp("ends"), 1, scaled(120))
+    return statuses(tmp_path_factory.mktemp("ends"), 1, scaled(240))
 
 
 @pytest.mark.parametrize("end", ENDS)

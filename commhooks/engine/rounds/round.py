@@ -74,7 +74,7 @@ class Round:
         fingerprint: int | Tensor = 0,
         report: Report,
         drifts: Sequence[Drift],
-        prepare: Callable[[], torch.futures.Future[Any] | None],
+        prepare: Callable[[], torch.futures.Future[Any] | None] = lambda: None,
         joined: Ticket | None = None,
     ) -> None:
         self.number = point.number
