@@ -92,17 +92,17 @@ def check_model(
             "machine without GPUs Accelerate makes one only if the script says "
             "Accelerator(cpu=True).)"
         )
-    refuse_other_reducers(ddp)
-    if not hooked and (getattr(ddp, "_comm_hooks", None) or has_hook(ddp)):
-        raise RegistrationError(
-            "This DDP model has a communication hook already, and DDP takes one for life; wrap "
-            "the module in a new DistributedDataParallel and register there, once."
-        )
     if ddp._delay_all_reduce_params:
         raise RegistrationError(
             "The DDP model was built with delay_all_reduce_named_params, which averages gradients "
             "outside of the communication hook. Leave delay_all_reduce_named_params and "
             "param_to_hook_all_reduce out."
+        )
+    refuse_other_reducers(ddp)
+    if not hooked and (getattr(ddp, "_comm_hooks", None) or has_hook(ddp)):
+        raise RegistrationError(
+            "This DDP model has a communication hook already, and DDP takes one for life; wrap "
+            "the module in a new DistributedDataParallel and register there, once."
         )
     for name, module in ddp.module.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
