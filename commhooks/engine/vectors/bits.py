@@ -15,7 +15,7 @@ __all__ = ["combined", "fingerprint", "numbers", "ordered_fingerprint"]
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # Numbers that are read at once: few enough for a cache, enough for a launch.
-_STRETCH = 2**18
+_STRETCH = 2**16
 _PRIME = 0x9E3779B97F4A7C15
 _64_BITS = 2**64 - 1
 
