@@ -26,7 +26,7 @@ from commhooks.engine.network.links import Links
 from commhooks.engine.network.others import Others
 from commhooks.engine.network.report import Report
 from commhooks.engine.network.roll_call import RollCall
-from commhooks.engine.network.ticket import Point, Ticket
+from commhooks.engine.network.ticket import FIRST_STEP, Point, Ticket
 from commhooks.engine.network.wires import wire_for
 from commhooks.engine.progress import Progress
 from commhooks.engine.rounds.consensus import Consensus, enter
@@ -500,6 +500,7 @@ class Engine:
         if self._consensus is not None:
             return
         with uninterrupted():
+            self.look_for_writes()
             self.at_boundary()
             self.drain()
             met = self._meet(what, hold)
@@ -511,7 +512,12 @@ class Engine:
             self._advice.unlike(met.unlike)
 
     def _join(self, ticket: Ticket) -> None:
-        """Take part in a round that others have launched, past a boundary that is not due here."""
+        """Take part in a round that others have launched, or in a start that they have come to."""
+        joined = ticket.wait().joined
+        if joined is not None and joined.what == FIRST_STEP:
+            self._start_together(called=True)
+            return
+        # Past a boundary that is not due here.
         step = min(fragment.schedule.launch for fragment in self._fragments)
         self._run_until(step, joined=ticket)
         self.drain()
@@ -540,6 +546,8 @@ class Engine:
             self._reshard()
             self._consensus.leave()
             self._consensus = None
+            # The block's own writes, and what an evaluation in it has written, say nothing.
+            self.writes.settle()
             self._advice.averaged(inside=False)
             self.others.pass_over()
 
@@ -634,9 +642,16 @@ class Engine:
 
     def look_for_writes(self) -> None:
         """Take note of what somebody else than an optimizer has written to the parameters."""
-        if self._consensus is not None or not self.writes.touched:
-            return
         step = self._standing.step
+        if self._consensus is not None:
+            return
+        if self._finished_at == step:
+            # No step has been made since, which it could be a part of.
+            if self.writes.changed:
+                self.parameters_overwritten()
+            return
+        if not self.writes.touched:
+            return
         again, self._touched_at = self._touched_at == step - 1, step
         if again:
             # A part of the loop, such as clipping, that goes on at every step.
@@ -725,12 +740,15 @@ class Engine:
         return rules
 
     @uninterrupted()
-    def _start_together(self) -> None:
+    def _start_together(self, *, called: bool = False) -> None:
         """Start with the same parameters on all workers, unless all have started. Collective.
 
         DDP has seen to that at its construction, but they may have been written to since, or
         updated from gradients that were not averaged; nobody has for sharded models. An anchor that
         is not the same everywhere would never become so.
+
+        Args:
+            called: whether this rank is in a call, and the ranks have met.
 
         Raises:
             RoundError: the ranks are not at the same point, the communication failed, or sharded
@@ -742,7 +760,8 @@ class Engine:
         firsts: list[tuple[Bucket, Tensor]] = []
         everyone = self.links.everyone
         if everyone.size > 1:
-            self._call("the first local step")
+            if not called:
+                self._call(FIRST_STEP)
             bits = combined(
                 bucket.ordered_fingerprint() for each in self._fragments for bucket in each.buckets
             )
@@ -762,7 +781,9 @@ class Engine:
                     "island the same ones before: the same seed, or the same checkpoint."
                 )
         self._resumes = self._rewritten = False
-        if firsts:
+        if firsts and called:
+            self._start_from(firsts)
+        elif firsts:
             # The backward under way may still need the parameters as they are.
             after_backward(partial(self._start_from, firsts))
         elif anew:
@@ -859,7 +880,7 @@ class Engine:
             self._reshard()
             refusals = (self._check(), *(fragment.refusal() for fragment in self._fragments))
             refusal = next(filter(None, refusals), None)
-            while (ticket := self._call("drift()", refusal)).wait().round is not None:
+            while (ticket := self._call("drift()", refusal)).wait().joined is not None:
                 self._join(ticket)
             buckets = [bucket for fragment in self._fragments for bucket in fragment.buckets]
             self.links.busy()

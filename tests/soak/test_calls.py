@@ -394,6 +394,26 @@ def drawn(number: int, seed: int) -> list[Game]:
     return games
 
 
+FOUND = (
+    # What such games have found: an evaluation, or writes at two steps on end, before finish().
+    "step step step step step averaged step scatter step",
+    "averaged scatter scatter step step step",
+    "step scatter write step scatter step",
+    # One rank's first step after finish(), and a call on the other.
+    "step step step step uneven step uneven",
+)
+
+
+def test_calls_that_were_found() -> None:
+    games = [
+        Game(kind.case(name, {"tau": 3}, 1, dtype=torch.float64), "register", False, calls.split())
+        for kind in KINDS[:1]
+        for name in ("LocalSGD", "OverlapLocalSGD", "DiLoCo")
+        for calls in FOUND
+    ]
+    run_ranks(play, 2, games)
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_random_calls(size: int) -> None:
     run_ranks(play, size, drawn(40, size))

@@ -107,7 +107,11 @@ def whole_islands() -> None:
         assert gap(trainer.x) == 0.0
     trainer.state.finish()
     assert gap(trainer.x) == 0.0
-    for _ in range(4):
+    for _ in range(4 + trainer.rank // 2):
+        trainer.step()
+    trainer.state.finish()
+    assert gap(trainer.x) == 0.0
+    for _ in range(trainer.rank // 2):
         trainer.step()
     trainer.state.finish()
     assert gap(trainer.x) == 0.0
@@ -115,6 +119,57 @@ def whole_islands() -> None:
 
 def test_islands_a_step_apart() -> None:
     run_ranks(whole_islands, 4)
+
+
+def behind_at_the_start(kind: str) -> None:
+    """Others have made their first step since finish(), and this rank is in a call."""
+    for case in FORMS:
+        trainer = Trainer(case)
+        for _ in range(case.tau + 2):
+            trainer.step()
+        trainer.state.finish()
+        for _ in range(trainer.rank * 2):
+            trainer.step()
+        if kind == "finish":
+            trainer.state.finish()
+        elif kind == "averaged":
+            with trainer.state.averaged():
+                assert gap(trainer.x) == 0.0
+        else:
+            trainer.state.drift()
+        for _ in range(2 * case.tau + 1):
+            trainer.step()
+        trainer.state.finish()
+        assert gap(trainer.x) == 0.0
+        trainer.state.close()
+
+
+@pytest.mark.parametrize("kind", ["finish", "averaged", "drift"])
+def test_a_rank_that_has_not_begun(kind: str) -> None:
+    run_ranks(behind_at_the_start, 2, kind)
+
+
+def written_to_behind() -> None:
+    """The rank in the call takes the first rank's parameters, as it would in its own step."""
+    trainer = Trainer(one_case("DiLoCo", 3))
+    for _ in range(5):
+        trainer.step()
+    trainer.state.finish()
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.mul_(1.0 + trainer.rank)
+    expected = trainer.x
+    if trainer.rank == 1:
+        trainer.step()
+    trainer.state.finish()
+    assert gap(trainer.x) == 0.0
+    if trainer.rank == 0:
+        # Two models of one start, one of which has made a step.
+        assert 0.0 < (trainer.x - expected).norm() < 0.2 * expected.norm()
+
+
+def test_a_rank_that_has_not_begun_takes_the_first_ones_parameters() -> None:
+    run_ranks(written_to_behind, 2)
 
 
 def far_apart(call: str) -> None:

@@ -149,8 +149,8 @@ class RollCall:
         averages gradients, else for all ranks. It is met where it waits.
 
         Returns:
-            The ticket, which has come back. It may say that others have launched a round, which
-            this rank has to take part in before it calls again.
+            The ticket, which has come back. It may say that others are at a round or at their
+            start, which this rank has to take part in before it calls again.
 
         Raises:
             RoundError: the ranks are not at the same point, one of them has NaN or inf or a reason
@@ -181,11 +181,12 @@ class RollCall:
         self._meter.communication(began, began, began, Moment(self.device))
         if verdict.problem is not None:
             self.fail(verdict.problem)
-        if verdict.refused and verdict.round is not None:
-            # The others are not here, and look where a round's refusals are posted.
+        if verdict.refused and verdict.joined is not None:
+            # Others may be in a round, and look where its refusals are posted.
+            place = f"round {verdict.joined.number}"
             if refusal is not None:
-                everyone.post(f"round {verdict.round}", refusal)
-            self.fail(everyone.read(f"round {verdict.round}", verdict.refused))
+                everyone.post(place, refusal)
+            self.fail(everyone.read(place, verdict.refused))
         if verdict.refused:
             raise self.error(by_rank(self.tell(what, refusal), everyone.ranks), passing=True)
         return ticket

@@ -15,21 +15,22 @@ from commhooks.engine.network.communicator import Communicator
 from commhooks.engine.network.report import COLUMNS, Report
 from commhooks.engine.vectors.devices import HostCopy
 
-__all__ = ["Point", "Ticket", "Verdict", "total"]
+__all__ = ["FIRST_STEP", "Point", "Ticket", "Verdict", "total"]
 
 _CALLS = ("averaged()", "finish()", "disable()", "close()", "drift()")
 _JOINING = ("averaged()", "finish()", "disable()", "drift()")
-"""Calls in which a rank takes part in rounds that are not due on it yet."""
+"""Calls in which a rank takes part in what is not due on it yet."""
 
 _STEPS_APART = 3
 """How far others may be ahead of a rank in a call; ``finish()`` waits for all of their steps."""
 
 _ROUND = "a round"
+FIRST_STEP = "the first local step"
 _KINDS = (
     "the gradients of a backward",
     _ROUND,
     "a landing",
-    "the first local step",
+    FIRST_STEP,
     "an error in its island",
     *_CALLS,
 )
@@ -74,8 +75,9 @@ class Verdict:
         refused: the ranks that have a reason of their own, which they have to tell the others.
         digests: every rank's.
         reports: every rank's, by its global number.
-        round: the number of a round that some ranks have launched and others, which are in a call,
-            have still to take part in; None if all ranks are at the same thing.
+        joined: the round that some ranks have launched, or the start that they have come to, and
+            others, which are in a call, have still to take part in; None if all ranks are at the
+            same thing.
         step: the last step of any rank.
     """
 
@@ -83,7 +85,7 @@ class Verdict:
     refused: tuple[int, ...]
     digests: tuple[int, ...]
     reports: Mapping[int, Sequence[float]]
-    round: int | None
+    joined: Point | None
     step: int
 
     @property
@@ -169,7 +171,7 @@ class Ticket:
             for kind, step, number in zip(kinds, steps, numbers, strict=True)
         ]
         problem = None
-        joined = _round_to_join(points)
+        joined = _to_join(points)
         if joined is None and not _compatible(points):
             where = ", ".join(f"rank {r} at {p}" for r, p in zip(self._ranks, points, strict=True))
             problem = f"the ranks are not at the same point: {where}. {_ADVICE}"
@@ -181,7 +183,7 @@ class Ticket:
         if joined is not None:
             # Those of a call stand for something else than those of a round.
             pairs = zip(points, digests, strict=True)
-            digests = [digest if point.what == _ROUND else 0 for point, digest in pairs]
+            digests = [digest if point == joined else 0 for point, digest in pairs]
         last = max(point.step for point in points)
         return Verdict(problem, refusing, tuple(map(int, digests)), told, joined, last)
 
@@ -197,26 +199,29 @@ def _compatible(points: Sequence[Point]) -> bool:
     return len(set(points)) == 1
 
 
-def _round_to_join(points: Sequence[Point]) -> int | None:
-    """The round that ranks in a call have to take part in first, if there is one.
+def _to_join(points: Sequence[Point]) -> Point | None:
+    """The round or the start that ranks in a call have to take part in first, if there is one.
 
     A rank that has made fewer steps than others comes to :data:`_JOINING` before a boundary that
-    they have run already. Its model is as old as it is, and goes into the round as that.
+    they have run already, or before its first local step. Its model is as old as it is, and goes
+    into the round as that.
     """
-    rounds = {point for point in points if point.what == _ROUND}
-    calls = {point for point in points if point.what != _ROUND}
-    if len(rounds) != 1 or not calls:
+    ahead = {point for point in points if point.what in (_ROUND, FIRST_STEP)}
+    calls = {point for point in points if point.what not in (_ROUND, FIRST_STEP)}
+    if len(ahead) != 1 or not calls:
         return None
-    (launched,) = rounds
+    (joined,) = ahead
+    # A round counts itself.
+    launched = joined.number - (joined.what == _ROUND)
     alike = len({point.what for point in calls}) == 1
     near = all(
         point.what in _JOINING
-        and point.number == launched.number - 1
+        and point.number == launched
         # A rank that makes a call alone is to be told before the run is over.
-        and (point.what == "finish()" or launched.step - point.step <= _STEPS_APART)
+        and (point.what == "finish()" or joined.step - point.step <= _STEPS_APART)
         for point in calls
     )
-    return launched.number if alike and near else None
+    return joined if alike and near else None
 
 
 def total(probes: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -55,7 +55,7 @@ def enter(
         meter: where bytes and seconds are counted.
 
     Returns:
-        The consensus; or, where other ranks have launched a round that this one has to take part in
+        The consensus; or, where other ranks are at something that this one has to take part in
         before it enters anew, the ticket that says so.
 
     Raises:
@@ -79,7 +79,7 @@ def enter(
         refusal = refusal or f"{type(error).__name__}: {error}"
     ticket = call(what, refusal, probes, digest((*mine.buffers, *mine.frozen), bits))
     verdict = ticket.wait()
-    if verdict.round is not None:
+    if verdict.joined is not None:
         return ticket
     consensus.step = verdict.step
     if not verdict.alike:
