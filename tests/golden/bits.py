@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,14 +61,17 @@ def downhill(model: nn.Module, rank: int, step: int) -> None:
 
 def cases(form: str, wire: str | None) -> list[Case]:
     """Every algorithm, and fragments in flight together; with warm-up and without."""
-    settings = {
+    settings: dict[str, Any] = {
         "model": bowls,
         "backward": downhill,
         "compression": wire,
         "island": 1 if form in ("register", "hook") else 2,
         "cap_mb": 1e-3,
     }
-    streaming = {"outer": partial(SGD, lr=0.7, momentum=0.9, nesterov=True), "merge": "carry"}
+    streaming: dict[str, Any] = {
+        "outer": partial(SGD, lr=0.7, momentum=0.9, nesterov=True),
+        "merge": "carry",
+    }
     todo = [
         *of_every_algorithm(((1, 2), (3, 0)), PERIODIC, **settings),
         Case("DiLoCo", {"tau": 4, "fragments": 4, "delay": 3}, **settings),
