@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -91,6 +92,9 @@ def _call(task: Task) -> tuple[Any, Counter[str]]:
 
 def _tear_down(before: Counter[str], patience: float | None) -> None:
     if dist.is_initialized():
+        # While torch holds the group itself. Models lie in cycles, and a collection that came to a
+        # group's last holder would wait, with Python's lock, for threads that may want it.
+        gc.collect()
         dist.destroy_process_group()
     if patience is not None and (extra := held_beyond(before, patience)):
         raise ResourcesLeaked(f"left behind by the task: {dict(extra)}")
